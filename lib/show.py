@@ -1,0 +1,409 @@
+"""Pictures in, pictures out: one robust reader, one atomic writer, and crisp labelled views.
+
+Everything in the course reads pictures through `read_image` and shows them through `pictures`, `depth`, `figure`
+or `sheet`. Tensors follow the course's convention: float32, (B, C, H, W), RGB, [0, 1]; RGBA has straight alpha.
+"""
+import importlib
+import io
+import math
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+MAX_PIXELS = 100_000_000        # a 100-megapixel picture is 1.2 GB as float32: above that we ask for a smaller one
+MAX_FIGURE_BYTES = 150_000      # limit of every file in figures/
+DEPTH_CMAP = "magma_r"          # near = bright, far = dark
+ID_COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#eeca3b", "#72b7b2", "#9d755d", "#ff9da6")
+DPI = 100
+
+
+# ---------------------------------------------------------------- tensors and arrays
+
+def to_tensor(picture):
+    """PIL picture, array or tensor -> float32 tensor (B, C, H, W) in [0, 1].
+
+    uint8 is divided by 255, uint16 by 65535; floats are taken as they are. Arrays are (H, W), (H, W, C) or
+    (B, H, W, C); tensors are (H, W), (C, H, W) or (B, C, H, W). Raises ValueError for any other shape.
+    """
+    if isinstance(picture, torch.Tensor):
+        x = picture.detach().cpu().float() / (255 if picture.dtype == torch.uint8 else 1)
+        x = x[None, None] if x.ndim == 2 else x[None] if x.ndim == 3 else x
+    else:
+        array = np.asarray(picture)
+        scale = {np.dtype("uint8"): 255.0, np.dtype("uint16"): 65535.0}.get(array.dtype, 1.0)
+        x = torch.from_numpy(array.astype(np.float32) / np.float32(scale))
+        x = x[None, :, :, None] if x.ndim == 2 else x[None] if x.ndim == 3 else x
+        x = x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x
+    if x.ndim != 4 or x.shape[1] not in (1, 3, 4) or 0 in x.shape:
+        raise ValueError(f"A picture has 1, 3 or 4 channels and shape (B, C, H, W); this one has {tuple(x.shape)}.")
+    return x
+
+
+def to_uint8(picture):
+    """One picture -> uint8 array (H, W) or (H, W, 3 | 4). Clamps to [0, 1]; raises ValueError on NaN or a batch > 1."""
+    x = to_tensor(picture)
+    if x.shape[0] != 1:
+        raise ValueError(f"One picture at a time, please: this tensor holds {x.shape[0]}.")
+    if not torch.isfinite(x).all():
+        raise ValueError("The picture holds NaN or infinite values, so it cannot be shown or saved.")
+    array = (x[0].clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return array[:, :, 0] if array.shape[2] == 1 else array
+
+
+def checkerboard(height, width, cell=8):
+    """Grey checkerboard (1, 3, H, W): what a transparent layer is shown on."""
+    rows = torch.arange(height)[:, None] // cell
+    columns = torch.arange(width)[None, :] // cell
+    return (0.92 - 0.17 * ((rows + columns) % 2).float()).expand(1, 3, height, width).clone()
+
+
+def over(layer, background=None):
+    """RGBA layer (B, 4, H, W), straight alpha, over a picture (B, 3, H, W) or over a checkerboard."""
+    layer = to_tensor(layer)
+    background = checkerboard(*layer.shape[-2:]) if background is None else to_tensor(background)
+    return layer[:, :3] * layer[:, 3:] + background * (1 - layer[:, 3:])
+
+
+def ids(values):
+    """Object ids (B, 1, H, W), -1 = room -> a colour picture (B, 3, H, W); one colour for each object."""
+    values = torch.as_tensor(values).long().cpu()
+    values = values[None, None] if values.ndim == 2 else values[None] if values.ndim == 3 else values
+    table = torch.tensor([[int(c[i:i + 2], 16) / 255 for i in (1, 3, 5)] for c in ID_COLOURS])
+    colours = table[values[:, 0] % len(table)].permute(0, 3, 1, 2)
+    return torch.where(values >= 0, colours, torch.full_like(colours, 0.85))
+
+
+# ---------------------------------------------------------------- files
+
+def _open(path):
+    """Open and decode the first frame; every failure becomes one clear error."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a picture: give the path of one picture file.")
+    if not path.exists():
+        raise FileNotFoundError(f"No picture at {path}: check the path (it is read from {Path.cwd()}).")
+    if not path.is_file():
+        raise ValueError(f"{path} is not an ordinary file: give the path of one picture file.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty (0 bytes): copy or download it again.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")          # Pillow's own size warning: we have a stricter limit below
+            picture = Image.open(path)
+    except Image.DecompressionBombError:
+        raise _too_large(path) from None
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a picture ({_reason(error)}): "
+                         "use PNG, JPEG, WebP, TIFF, BMP or GIF.") from None
+    if picture.width * picture.height > MAX_PIXELS:
+        picture.close()
+        raise _too_large(path, picture.size)
+    return picture
+
+
+def _reason(error):
+    text = str(error).splitlines()[0] if str(error) else ""
+    return f"{type(error).__name__}: {text[:80]}" if text and "identify" not in text else "unknown format"
+
+
+def _too_large(path, size=None):
+    what = f"{size[0]} x {size[1]} pixels" if size else "far too many pixels"
+    return ValueError(f"{path} has {what}, and the limit is {MAX_PIXELS // 1_000_000} megapixels: make it smaller first.")
+
+
+def _upright(picture):
+    """Apply the camera's rotation (EXIF 1-8); a broken EXIF block is no reason to refuse a good picture."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except (OSError, RuntimeError):
+        raise
+    except Exception:
+        return picture
+
+
+def _shrink(picture, max_side):
+    if not max_side or max(picture.size) <= max_side:
+        return picture
+    scale = max_side / max(picture.size)
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+def _deep_to_float(picture, path):
+    """16-bit and float greyscale pictures -> float32 picture in [0, 1]."""
+    array = np.asarray(picture)
+    if picture.mode == "F":
+        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
+            raise ValueError(f"{path} holds floating-point values outside [0, 1], so it is not a picture: "
+                             "if it is a depth file, read it with lib.depth.given.")
+        return Image.fromarray(array.astype(np.float32))
+    if array.min() < 0 or array.max() > 65535:
+        raise ValueError(f"{path} holds integers outside 0-65535, so it is not a picture.")
+    return Image.fromarray(array.astype(np.float32) / np.float32(65535))
+
+
+def read_image(path, mode="rgb", max_side=None):
+    """Read any ordinary picture file -> float32 tensor (1, 3, H, W), or (1, 4, H, W) for mode="rgba", in [0, 1].
+
+    Handles EXIF rotation, grey, alpha, CMYK, palette, 16-bit (65535 = 1.0) and animated files (first frame).
+    With mode="rgb" transparent parts are laid over white; with mode="rgba" a picture without alpha gets alpha 1.
+    max_side: pictures larger than this (pixels) are made smaller, aspect kept.
+    Raises FileNotFoundError (no such file) or ValueError (folder, empty, broken, too large), each with one sentence.
+    """
+    if mode not in ("rgb", "rgba"):
+        raise ValueError(f'mode is "rgb" or "rgba", not {mode!r}.')
+    if max_side is not None and max_side < 1:
+        raise ValueError(f"max_side is a number of pixels >= 1, not {max_side}.")
+    picture = _open(path)
+    try:
+        picture.load()
+        picture = _upright(picture)
+        if picture.mode[0] in "IF":
+            deep = _shrink(_deep_to_float(picture, path), max_side)
+            grey = to_tensor(np.asarray(deep)).clamp(0, 1).expand(1, 3, -1, -1)
+            return torch.cat([grey, torch.ones_like(grey[:, :1])], 1) if mode == "rgba" else grey.clone()
+        has_alpha = picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info
+        picture = _shrink(picture.convert("RGBA" if has_alpha or mode == "rgba" else "RGB"), max_side)
+    except ValueError:
+        raise
+    except Exception as error:                       # Pillow's decoders raise many types on a damaged file
+        raise ValueError(f"{path} is damaged or cut short ({_reason(error)}): copy or download it again.") from None
+    finally:
+        picture.close() if hasattr(picture, "fp") else None
+    x = to_tensor(np.array(picture))
+    return over(x, torch.ones(1, 3, 1, 1)) if x.shape[1] == 4 and mode == "rgb" else x
+
+
+def _atomic(path, data):
+    """Write bytes so that a crash never leaves a half-written file: temp file beside it, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temp, 0o666 & ~_umask())
+        os.replace(temp, path)
+    except BaseException:
+        Path(temp).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_image(picture, path, bits=8):
+    """Save one picture (1, 1 | 3 | 4, H, W) in [0, 1] as .png, .jpg or .webp (by suffix), atomically. Returns the path.
+
+    bits=16 keeps a one-channel picture (a depth map) in 16-bit PNG. Values outside [0, 1] are clamped.
+    Raises ValueError for NaN, a batch, an unknown suffix, or alpha in a JPEG.
+    """
+    path = Path(path).expanduser()
+    kind = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"{path.name} should end in .png, .jpg or .webp.")
+    array = to_uint8(picture)
+    if kind == "JPEG" and array.ndim == 3 and array.shape[2] == 4:
+        raise ValueError("A JPEG has no transparency: save an RGBA layer as .png.")
+    if bits == 16:
+        if kind != "PNG" or array.ndim != 2:
+            raise ValueError("bits=16 is for one-channel PNG files.")
+        array = (to_tensor(picture)[0, 0].clamp(0, 1).numpy() * 65535).round().astype(np.uint16)
+    buffer = io.BytesIO()
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {"optimize": True})
+    Image.fromarray(array).save(buffer, kind, **options)
+    return _atomic(path, buffer.getvalue())
+
+
+# ---------------------------------------------------------------- views
+
+class View(Figure):
+    """A matplotlib Figure that shows itself in a notebook once, with or without `%matplotlib inline`, and has alt text."""
+
+    alt = "picture"
+
+    def png(self):
+        """The figure as PNG bytes."""
+        buffer = io.BytesIO()
+        FigureCanvasAgg(self).print_png(buffer)
+        return buffer.getvalue()
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return ({"image/png": self.png(), "text/plain": f"<{self.alt}>"}, {"image/png": {"alt": self.alt}})
+
+
+def _flat(images):
+    """A tensor, or a list of tensors / arrays / batches -> list of (1, C, H, W); ids (integer tensors) are coloured."""
+    flat = []
+    for image in images if isinstance(images, (list, tuple)) else [images]:
+        whole = isinstance(image, torch.Tensor) and not image.is_floating_point() and image.dtype != torch.uint8
+        image = ids(image) if whole else to_tensor(image)
+        flat += list(image.split(1))
+    return flat
+
+
+def _grid(count, columns):
+    columns = min(columns or min(count, 4), count)
+    return math.ceil(count / columns), columns
+
+
+def _fit(size, target):
+    """Whole-number enlargement of a small picture (crisp, even pixels), or a fractional reduction of a large one."""
+    return max(1, round(target / size)) if size <= target * 1.4 else target / size
+
+
+def pictures(images, titles=None, columns=None, height=2.4, cmap="gray", vmin=0.0, vmax=1.0, bar=None):
+    """Show pictures side by side, small ones enlarged by a whole number so that each pixel stays crisp.
+
+    images: one tensor or a list; (B, C, H, W) batches are spread out. RGB as it is, RGBA on a checkerboard, one
+    channel through `cmap` between vmin and vmax, integer ids in one colour for each object.
+    titles: one for each picture. height: inches of one picture. bar: label of a colour bar, or None.
+    Returns a matplotlib Figure. Raises ValueError when the titles do not match or nothing is given.
+    """
+    flat = _flat(images)
+    if not flat:
+        raise ValueError("Nothing to show: the list of pictures is empty.")
+    titles = [titles] if isinstance(titles, str) else list(titles or [])
+    if titles and len(titles) != len(flat):
+        raise ValueError(f"{len(flat)} pictures but {len(titles)} titles.")
+    rows, columns = _grid(len(flat), columns)
+    scales = [_fit(x.shape[-2], height * DPI) for x in flat]
+    cell_w = max(x.shape[-1] * s for x, s in zip(flat, scales))
+    cell_h = max(x.shape[-2] * s for x, s in zip(flat, scales))
+    lines = max((t.count("\n") + 1 for t in titles), default=0)
+    top, gap, right = 16 * lines + (8 if lines else 0), 12, 80 if bar else 0
+    width = columns * (cell_w + gap) + gap + right
+    total = rows * (cell_h + top + gap) + gap
+    view = View(figsize=(width / DPI, total / DPI), dpi=DPI, facecolor="white")
+    for i, (x, scale) in enumerate(zip(flat, scales)):
+        row, column = divmod(i, columns)
+        w, h = x.shape[-1] * scale, x.shape[-2] * scale
+        left = gap + column * (cell_w + gap) + (cell_w - w) // 2
+        lower = total - (row + 1) * (cell_h + top + gap) + (cell_h - h) // 2
+        axes = view.add_axes((left / width, lower / total, w / width, h / total))
+        shown = _draw(axes, x, cmap, vmin, vmax, scale)
+        if titles:
+            axes.set_title(titles[i], fontsize=10.5, pad=5)
+    if bar:
+        _add_bar(view, shown, bar, (width - right + 4) / width, (gap + 4) / total, 14 / width, (cell_h - 8) / total)
+    view.alt = "pictures: " + "; ".join(t.replace("\n", " ") for t in titles) if titles else "pictures"
+    return view
+
+
+def _draw(axes, x, cmap, vmin, vmax, scale):
+    axes.set_axis_off()
+    smooth = "nearest" if scale >= 1 else "antialiased"
+    if x.shape[1] == 1:
+        return axes.imshow(x[0, 0].numpy(), cmap=cmap, vmin=vmin, vmax=vmax, interpolation=smooth)
+    return axes.imshow(to_uint8(over(x) if x.shape[1] == 4 else x), interpolation=smooth)
+
+
+def _add_bar(view, shown, label, left, lower, width, height):
+    bar = view.colorbar(shown, cax=view.add_axes((left, lower, width, height)))
+    bar.set_label(label, fontsize=9.5)
+    bar.ax.tick_params(labelsize=8.5)
+
+
+def depth(values, titles=None, columns=None, height=2.4, vmin=0.0, vmax=1.0, label="depth: 0 near, 1 far"):
+    """Show depth maps (B, 1, H, W), a DepthMap, or a list of them, near = bright, with a colour bar.
+
+    For metres give vmin, vmax and a label such as "z (m)".
+    """
+    values = values if isinstance(values, (list, tuple)) else [values]
+    values = [v if isinstance(v, torch.Tensor) else getattr(v, "values", v) for v in values]
+    return pictures(values, titles, columns, height, DEPTH_CMAP, vmin, vmax, bar=label)
+
+
+def figure(name, width=None):
+    """Show the stored picture figures/<name>.png; without the file, one line that says how to make it."""
+    from IPython.display import Image as Shown
+    from IPython.display import Markdown
+
+    from lib import setup
+    path = Path(setup.figures_dir()) / f"{name}.png"
+    if not path.exists():
+        return Markdown(f"*(The picture `figures/{name}.png` is not here; `make figures` draws it.)*")
+    return Shown(filename=str(path), width=width, alt=name.replace("_", " "))
+
+
+def sheet(images, labels, path, columns=None, scale=None, title=None, max_bytes=MAX_FIGURE_BYTES):
+    """Write one labelled PNG of many pictures: the benchmark's sheets and the files in figures/.
+
+    images: list of (1, C, H, W); labels: one for each (may be ""). scale: whole-number enlargement (chosen when None).
+    A file above max_bytes is saved with 256 colours, then at a smaller scale. Returns the path.
+    """
+    flat = _flat(images)
+    if len(flat) != len(labels):
+        raise ValueError(f"{len(flat)} pictures but {len(labels)} labels.")
+    scale = scale or max(1, round(200 / max(x.shape[-2] for x in flat)))
+    for step in range(scale, 0, -1):
+        drawn = _draw_sheet(flat, labels, columns, step, title)
+        for data in (_png(drawn), _png(drawn.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE))):
+            if max_bytes is None or len(data) <= max_bytes:
+                return _atomic(Path(path), data)
+    raise ValueError(f"{path} would be {len(data) // 1000} kB, more than {max_bytes // 1000} kB: show fewer pictures.")
+
+
+def _png(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _draw_sheet(flat, labels, columns, scale, title):
+    rows, columns = _grid(len(flat), columns)
+    cell_w = max(x.shape[-1] for x in flat) * scale
+    cell_h = max(x.shape[-2] for x in flat) * scale
+    font, big = ImageFont.load_default(13), ImageFont.load_default(16)
+    lines = max((text.count("\n") + 1 for text in labels if text), default=0)
+    top, gap, head = 17 * lines + (5 if lines else 0), 8, 28 if title else 0
+    canvas = Image.new("RGB", (columns * (cell_w + gap) + gap, head + rows * (cell_h + top + gap) + gap), "white")
+    pen = ImageDraw.Draw(canvas)
+    if title:
+        pen.text((gap, gap), title, fill="black", font=big)
+    for i, (x, label) in enumerate(zip(flat, labels)):
+        row, column = divmod(i, columns)
+        left, upper = gap + column * (cell_w + gap), head + gap + row * (cell_h + top + gap)
+        pen.multiline_text((left + 1, upper), label, fill="black", font=font, spacing=2)
+        array = to_uint8(over(x) if x.shape[1] == 4 else x)
+        picture = Image.fromarray(array).convert("RGB")
+        canvas.paste(picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST),
+                     (left, upper + top))
+    return canvas
+
+
+# ---------------------------------------------------------------- figures/
+
+FIGURE_MAKERS = ("lib.widgets",)      # modules with make_figures(folder) -> list of paths; each lesson adds its own
+
+
+def make_figures(folder=None):
+    """Draw every stored picture again (a few seconds each). Returns the paths."""
+    from lib import setup
+    folder = Path(folder or setup.figures_dir())
+    return [path for name in FIGURE_MAKERS for path in importlib.import_module(name).make_figures(folder)]
+
+
+def main(arguments):
+    if not arguments or arguments[0] != "figures" or len(arguments) > 2:
+        print("usage: python -m lib.show figures [FOLDER]", file=sys.stderr)
+        return 2
+    for path in make_figures(*arguments[1:]):
+        print(f"{path}  {path.stat().st_size / 1000:.0f} kB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
