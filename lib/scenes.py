@@ -60,14 +60,14 @@ class Sun:
 @dataclass(frozen=True)
 class Room:
     """A box of a room: half width, depth of the back wall, height (m), materials and their colours (sRGB)."""
-    half_width: float = 2.6
-    back: float = 6.0
+    half_width: float = 2.1
+    back: float = 5.8
     height: float = 2.8
     floor: str = "wood"
     wall: str = "plain"
     floor_rgb: tuple = ((.62, .45, .30), (.50, .35, .22))
     wall_rgb: tuple = ((.80, .77, .70), (.72, .69, .62))
-    window_z: float = 4.0
+    window_z: float = 4.2
     salt: int = 0
 
 
@@ -210,9 +210,9 @@ def _sample_room(rng: random.Random) -> Room:
     else:
         f0 = _tint(rng, .30, .72, .09)
     w0 = _tint(rng, .50, .85, .10)
-    return Room(half_width=rng.uniform(2.3, 3.0), back=rng.uniform(5.2, 6.8), height=rng.uniform(2.6, 3.0),
+    return Room(half_width=rng.uniform(1.8, 2.35), back=rng.uniform(5.0, 6.4), height=rng.uniform(2.6, 3.0),
                 floor=floor, wall=wall, floor_rgb=(f0, _second(rng, f0, rng.uniform(.15, .35))),
-                wall_rgb=(w0, _second(rng, w0, rng.uniform(.06, .16))), window_z=rng.uniform(3.4, 4.8),
+                wall_rgb=(w0, _second(rng, w0, rng.uniform(.06, .16))), window_z=rng.uniform(3.9, 4.6),
                 salt=rng.randrange(1 << 20))
 
 
@@ -227,7 +227,7 @@ def _sample_sun(rng: random.Random, test: bool) -> Sun:
             continue
         break
     return Sun(azimuth=azimuth * rng.choice((-1, 1)), elevation=rng.uniform(20, 46), radius=rng.uniform(.4, 3.0),
-               strength=rng.uniform(1.7, 2.3), ambient=rng.uniform(.40, .62), warmth=rng.uniform(0, .22))
+               strength=rng.uniform(1.7, 2.3), ambient=rng.uniform(.46, .66), warmth=rng.uniform(0, .22))
 
 
 def _sample_camera(rng: random.Random) -> Camera:
@@ -243,15 +243,15 @@ def _pick_pair(rng: random.Random, kinds: tuple, test: bool) -> tuple[str, str]:
             return pair
 
 
-_SIZES = {"ball": (.95, 1.45), "box": (.85, 1.3), "vase": (1.0, 1.4), "cone": (1.05, 1.6), "chair": (1.0, 1.25),
-          "table": (.85, 1.1), "lamp": (.95, 1.2), "plant": (1.0, 1.35), "glass": (.95, 1.4)}
+_SIZES = {"ball": (1.0, 1.45), "box": (1.0, 1.4), "vase": (1.1, 1.5), "cone": (1.1, 1.6), "chair": (1.1, 1.35),
+          "table": (.95, 1.15), "lamp": (1.0, 1.2), "plant": (1.1, 1.45), "glass": (1.0, 1.4)}
 
 
 def _place(rng: random.Random, thing: Thing, placed: list[Thing], camera: Camera, room: Room) -> Thing | None:
     """A free spot on the floor, often near the line of sight of an earlier thing so that they occlude."""
     for _ in range(40):
-        z = rng.uniform(2.7, min(5.0, room.back - thing.footprint - .15))
-        reach = min(.72 * z * math.tan(math.radians(camera.fov / 2)), room.half_width - thing.footprint)
+        z = rng.uniform(2.7, min(4.7, room.back - thing.footprint - .15))
+        reach = min(z * math.tan(math.radians(camera.fov / 2)) - .75 * thing.footprint, room.half_width - thing.footprint)
         x = rng.uniform(-reach, reach)
         if placed and rng.random() < .65:
             other = rng.choice(placed)
@@ -511,18 +511,26 @@ def _hit_frustum(o, d, dims):
 _HITS = {BOX: _hit_box, BALL: _hit_ball, FRUSTUM: _hit_frustum}
 
 
-def _pairs(world: _World, o, d, allowed):
-    """Indices (scene, ray, primitive) whose ray meets the primitive's bounding sphere.  o, d: (B,R,3)."""
-    c = world.centre
-    along = torch.einsum("brk,bpk->brp", d, c) - (o * d).sum(-1, keepdim=True)
-    gap = (o * o).sum(-1, keepdim=True) - 2 * torch.einsum("brk,bpk->brp", o, c) + (c * c).sum(-1)[:, None] - along ** 2
-    r = torch.where(allowed, world.bound, torch.full_like(world.bound, -1.))[:, None]
-    return torch.nonzero((gap < r * r) & (along > -r) & (r > 0), as_tuple=True)
+def _one_more(x, *columns):
+    return torch.cat([x, *columns], -1)
 
 
-def _intersect(world: _World, o, d, allowed):
+def _pairs(world: _World, o, d, allowed, asked=None):
+    """Indices (scene, ray, primitive) whose ray's line meets the primitive's bounding sphere.  o, d: (B,R,3);
+    allowed (B,P); asked (B,R) bool: rays that count. Two matrix products: |o-c|^2 - r^2 and ((c-o).d)^2."""
+    c, ones = world.centre, torch.ones_like(world.centre[..., :1])
+    along = _one_more(d, -(o * d).sum(-1, keepdim=True)) @ _one_more(c, ones).mT
+    away = (o * o).sum(-1, keepdim=True)
+    if asked is not None:
+        away = torch.where(asked[..., None], away, torch.full_like(away, 1e12))
+    rest = (c * c).sum(-1, keepdim=True) - (world.bound ** 2)[..., None] + 1e13 * (~allowed)[..., None]
+    gap = _one_more(-2 * o, away, torch.ones_like(away)) @ _one_more(c, ones, rest).mT
+    return torch.nonzero(along.square_() > gap, as_tuple=True)
+
+
+def _intersect(world: _World, o, d, allowed, asked=None):
     """Entry distance of every (scene, ray, primitive) pair that truly meets. Returns b, r, p, t."""
-    b, r, p = _pairs(world, o, d, allowed)
+    b, r, p = _pairs(world, o, d, allowed, asked)
     oo, dd = o[b, r], d[b, r]
     axes = world.axes[b, p]
     lo = torch.einsum("nij,nj->ni", axes, oo - world.centre[b, p])
@@ -673,9 +681,7 @@ def _visibility(world: _World, p, n, lights, facing):
     glass = world.material == _GLASS
     for k in range(lights.shape[2]):
         d = lights[:, :, k]
-        o = p + n * 4e-3
-        o = torch.where(facing[..., None], o, torch.full_like(o, 1e4))    # surfaces turned away need no ray
-        b, r, q, _ = _intersect(world, o, d, world.used)
+        b, r, q, _ = _intersect(world, p + n * 4e-3, d, world.used, facing)   # surfaces turned away need no ray
         pass_ = torch.ones(b_size * r_size, 3, device=p.device)
         tint = torch.where(glass[b, q][:, None], .35 + .5 * world.rgb[b, q].sqrt(), torch.zeros(1, 3, device=p.device))
         pass_ = pass_.scatter_reduce(0, (b * r_size + r)[:, None].expand(-1, 3), tint, "amin")
@@ -703,12 +709,13 @@ def _sun_samples(world: _World, rays: int, samples: int, per_ray: int):
 
 def _openness(world: _World, p, n):
     """Ambient light left by nearby primitives (B,R), each taken as a sphere: 1 - n.c r^2 / d^2."""
-    c = world.centre
-    to = torch.einsum("brk,bpk->brp", n, c) - (n * p).sum(-1, keepdim=True)
-    d2 = (p * p).sum(-1, keepdim=True) - 2 * torch.einsum("brk,bpk->brp", p, c) + (c * c).sum(-1)[:, None]
+    c, ones = world.centre, torch.ones_like(world.centre[..., :1])
+    to = _one_more(n, -(n * p).sum(-1, keepdim=True)) @ _one_more(c, ones).mT
+    own, theirs = (p * p).sum(-1, keepdim=True), (c * c).sum(-1, keepdim=True)
+    d2 = _one_more(-2 * p, own, torch.ones_like(own)) @ _one_more(c, ones, theirs).mT
     r2 = (torch.where(world.used, world.ao, torch.zeros_like(world.ao)) ** 2)[:, None]
-    d2 = torch.maximum(d2, r2 * 1.05 + 1e-6)
-    return (1 - (to.clamp(min=0) / d2.sqrt() * r2 / d2)).clamp(.25, 1).prod(-1)
+    d = torch.maximum(d2, r2 * 1.05 + 1e-6).rsqrt_()
+    return (1 - to.clamp_(min=0).mul_(r2).mul_(d).mul_(d).mul_(d)).clamp_(.25, 1).prod(-1)
 
 
 def _normals(world: _World, p, index):
@@ -789,7 +796,7 @@ def _radiance(world: _World, o, d, allowed, lights, pixel):
     sky = torch.tensor([.95, 1.0, 1.06], device=p.device)
     bounce = ambient * (up * sky + (1 - up) * (.35 + .65 * floor))
     light = direct + bounce * _openness(world, p, n)[..., None]
-    colour = albedo * light * .62 + glow
+    colour = albedo * light * .74 + glow
     shine = _is(world, index, _SHINY)
     half = sun - d
     half = half / half.norm(dim=-1, keepdim=True)
