@@ -1,0 +1,204 @@
+"""Own attention = SDPA; taps change nothing unless asked, inject what they say, and always go away again."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lib import attention, diffusion
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run(pipe, z=None, steps=4, scale=1.0, prompt="a red chair"):
+    return diffusion.sample(pipe, prompt, steps, scale, latents=rand(1, 4, 16, 16) if z is None else z)
+
+
+@pytest.mark.parametrize("shape", [(7, 8), (2, 5, 16), (2, 4, 33, 8)])
+def test_attention_equals_sdpa(shape):
+    q, k, v = (rand(*shape, seed=s) * 3 for s in range(3))
+    ours, weights = attention.attention(q, k, v, return_weights=True)
+    assert torch.allclose(ours, F.scaled_dot_product_attention(q, k, v), atol=1e-5)
+    assert torch.allclose(weights.sum(-1), torch.ones(shape[:-1]), atol=1e-5)
+    bias = torch.zeros(shape[-2]).index_fill(0, torch.tensor([0, 3]), float("-inf"))
+    assert torch.allclose(attention.attention(q, k, v, bias), F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(
+        *q.shape[:-2], shape[-2], shape[-2])), atol=1e-5)
+
+
+def test_layers_of_the_tiny_unet(tiny_pipe):
+    found = attention.layers(tiny_pipe.unet)
+    assert [x.fraction for x in found] == [1, .5, .25, .25, .25, .25, .5, .5, 1, 1]
+    assert [x.place for x in found] == ["down"] * 3 + ["mid"] + ["up"] * 6
+    order = []
+    taps = [tiny_pipe.unet.get_submodule(x.name).register_forward_pre_hook(lambda m, a, n=x.name: order.append(n))
+            for x in found]
+    run(tiny_pipe, steps=1)
+    [tap.remove() for tap in taps]
+    assert order == [x.name for x in found]                                 # listed in the order of running
+    assert {x.fraction for x in attention.select(tiny_pipe.unet, [0.5, "mid"])} == {0.5, 0.25}
+    assert attention.select(tiny_pipe.unet, found[2]) == [found[2]]
+    for bad in ("decoder", 0.125, ["up", "nowhere"], []):
+        with pytest.raises(ValueError, match="fits|empty"):
+            attention.select(tiny_pipe.unet, bad)
+
+
+def test_layers_of_stable_diffusion_15_on_the_meta_device():
+    from diffusers import UNet2DConditionModel
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    found = attention.layers(unet)
+    assert len(found) == 16 == len([n for n in unet.attn_processors if "attn1" in n])
+    assert [x.fraction for x in found] == [1, 1, .5, .5, .25, .25, .125] + [.25] * 3 + [.5] * 3 + [1] * 3
+    assert all(unet.get_submodule(x.name).to_k.in_features == {1: 320, .5: 640, .25: 1280, .125: 1280}[x.fraction]
+               for x in found)
+
+
+def test_recording_changes_no_bit_and_keeps_what_it_says(tiny_pipe):
+    plain = run(tiny_pipe)
+    before = dict(tiny_pipe.unet.attn_processors)
+    with attention.record(tiny_pipe.unet, "up", window=(0.5, 1), what="qkvw", dtype=torch.float16) as bank:
+        assert torch.allclose(run(tiny_pipe), plain, atol=1e-6)
+    after = tiny_pipe.unet.attn_processors
+    assert before.keys() == after.keys() and all(before[n] is after[n] for n in before)
+    assert bank.timesteps == [1, 251] and len(bank.names) == 6 and len(bank.store) == 12
+    kept = bank.at(251, bank.names[-1])
+    assert kept["k"].shape == kept["v"].shape == (1, 256, 16) and kept["k"].dtype == torch.float16
+    assert kept["w"].shape == (1, 2, 256, 256) and (kept["w"].float().sum(-1) - 1).abs().max() < 1e-2
+    assert bank.bytes == sum(x.numel() * 2 for parts in bank.store.values() for x in parts.values())
+    with pytest.raises(ValueError, match="timestep 751"):
+        bank.at(751, bank.names[0])
+
+
+@pytest.mark.parametrize("mode", ["replace", "query"])
+@pytest.mark.parametrize("layers", ["all", "up", 0.5])
+def test_own_keys_and_values_at_strength_1_are_the_identity(tiny_pipe, mode, layers):
+    plain = run(tiny_pipe)
+    with attention.record(tiny_pipe.unet, layers) as bank:
+        run(tiny_pipe)
+    with attention.inject(tiny_pipe.unet, bank, mask=1.0, strength=1.0, layers=layers, mode=mode):
+        assert torch.allclose(run(tiny_pipe), plain, atol=1e-5)
+
+
+def test_one_batched_call_equals_the_recorded_bank(tiny_pipe):
+    """[source, generation] in one call = record the source's run first, then inject it."""
+    text = diffusion.embed(tiny_pipe, ["a box", "a red chair"])
+    scheduler = diffusion.ddim(tiny_pipe, 4)
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., :9] = 1
+
+    with attention.record(tiny_pipe.unet) as bank:
+        run(tiny_pipe, rand(1, 4, 16, 16, seed=1), prompt="a box")
+    with attention.inject(tiny_pipe.unet, bank, mask, 0.7):
+        two_runs = run(tiny_pipe, rand(1, 4, 16, 16, seed=2))
+    z = torch.cat([rand(1, 4, 16, 16, seed=1), rand(1, 4, 16, 16, seed=2)])
+    with torch.no_grad(), attention.inject(tiny_pipe.unet, 1, mask, 0.7):
+        for t in scheduler.timesteps:
+            z = diffusion.ddim_step(scheduler, diffusion.predict(tiny_pipe, z, t, text), t, z)
+    assert torch.allclose(z[1:], two_runs, atol=1e-4)
+    assert torch.allclose(z[:1], run(tiny_pipe, rand(1, 4, 16, 16, seed=1), prompt="a box"), atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["replace", "query", "concat"])
+def test_masked_injection_by_hand(tiny_pipe, mode):
+    """One layer, one call: the tap's output equals the formula computed here from the layer's own weights."""
+    unet, layer = tiny_pipe.unet, attention.layers(tiny_pipe.unet)[-1]
+    attn = unet.get_submodule(layer.name)
+    seen = {}
+    hook = attn.register_forward_hook(lambda m, a, kw, out: seen.update(x=a[0] if a else kw["hidden_states"], out=out),
+                                      with_kwargs=True)
+    with attention.record(unet, layer) as bank:
+        run(tiny_pipe, torch.cat([rand(1, 4, 16, 16, seed=3), rand(1, 4, 16, 16, seed=4)]), 1, prompt=["a", "b"])
+    mask = torch.rand(2, 1, 128, 128, generator=torch.Generator().manual_seed(0)) / 2
+    with attention.inject(unet, bank, mask, 0.8, layer, mode=mode):
+        run(tiny_pipe, steps=1)
+    hook.remove()
+    m = F.avg_pool2d(mask, 8).flatten(2).transpose(1, 2) * 0.8              # (2, 256, 1)
+    q, k, v = (f(seen["x"]) for f in (attn.to_q, attn.to_k, attn.to_v))
+    src = bank.at(bank.timesteps[0], layer.name)
+    heads = lambda x: attention.split_heads(x, attn.heads)
+    if mode == "replace":
+        mix = lambda own, name: (1 - m.sum(0)) * own + (m * src[name]).sum(0)
+        out = attention.attention(heads(q), heads(mix(k, "k")), heads(mix(v, "v")))
+    elif mode == "query":
+        out = (1 - m.sum(0)) * attention.attention(heads(q), heads(k), heads(v))
+        out = out + sum(m[s] * attention.attention(heads(q), heads(src["k"][s:s + 1]), heads(src["v"][s:s + 1]))
+                        for s in range(2))
+    else:
+        weight = torch.cat([torch.ones(256), m.flatten()])
+        keys = torch.cat([k, src["k"][:1], src["k"][1:]], 1)
+        values = torch.cat([v, src["v"][:1], src["v"][1:]], 1)
+        e = (heads(q) @ heads(keys).transpose(-1, -2) / (q.shape[-1] // attn.heads) ** 0.5).exp() * weight
+        out = (e / e.sum(-1, keepdim=True)) @ heads(values)
+    out = attn.to_out[0](out.transpose(1, 2).flatten(2))
+    assert torch.allclose(out, seen["out"], atol=1e-5)
+
+
+def test_parts_strength_window_and_layers_matter(tiny_pipe):
+    with attention.record(tiny_pipe.unet) as bank:
+        run(tiny_pipe, rand(1, 4, 16, 16, seed=9), prompt="a box")
+    plain = run(tiny_pipe)
+
+    half = torch.ones(1, 1, 16, 16)
+    half[..., :8] = 0.2                     # (under a mask of ones everywhere, "replace" and "query" are the same)
+
+    def with_(mask=half, **options):
+        with attention.inject(tiny_pipe.unet, bank, mask, **options):
+            return run(tiny_pipe)
+    results = [plain, with_(), with_(parts="k"), with_(parts="v"), with_(strength=0.5), with_(window=(0, 0.5)),
+               with_(layers=0.5), with_(mode="query"), with_(mode="concat"), with_(strength={1.0: 1.0})]
+    for i, a in enumerate(results):
+        for b in results[:i]:
+            assert (a - b).abs().max() > 1e-4
+    assert torch.allclose(with_(strength=0.0), plain, atol=1e-5)
+    assert torch.allclose(with_(mask=torch.zeros(1, 1, 16, 16), mode="concat"), plain, atol=1e-5)
+
+
+def test_everything_is_restored_after_an_exception(tiny_pipe):
+    plain, before = run(tiny_pipe), dict(tiny_pipe.unet.attn_processors)
+    with pytest.raises(KeyError, match="stop"):
+        with attention.record(tiny_pipe.unet):
+            run(tiny_pipe, steps=1)
+            raise KeyError("stop")
+    with pytest.raises(ValueError, match="Nothing was recorded"):
+        with attention.inject(tiny_pipe.unet, attention.Bank([])):
+            run(tiny_pipe)
+    after = tiny_pipe.unet.attn_processors
+    assert all(before[n] is after[n] for n in before) and not tiny_pipe.unet._forward_pre_hooks
+    assert torch.equal(run(tiny_pipe), plain)
+
+
+def test_a_patch_that_does_nothing_is_caught(tiny_pipe):
+    from diffusers.models.attention_processor import AttnProcessor2_0
+    with pytest.raises(RuntimeError, match="never applied"):
+        with attention.record(tiny_pipe.unet):
+            pass
+    with pytest.raises(RuntimeError, match="never applied: 4"):
+        with attention.record(tiny_pipe.unet, window=(0.99, 0.995)):
+            run(tiny_pipe)
+    before = dict(tiny_pipe.unet.attn_processors)
+    with pytest.raises(RuntimeError, match="fired 0 times in 4"):           # the classic: something resets processors
+        with attention.record(tiny_pipe.unet):
+            tiny_pipe.unet.set_attn_processor(AttnProcessor2_0())
+            run(tiny_pipe)
+    tiny_pipe.unet.set_attn_processor(dict(before))
+    with pytest.raises(RuntimeError, match="already"):
+        with attention.record(tiny_pipe.unet), attention.inject(tiny_pipe.unet, 1):
+            pass
+
+
+def test_bad_requests_are_named(tiny_pipe):
+    unet = tiny_pipe.unet
+    with attention.record(unet) as bank:
+        run(tiny_pipe, steps=2)
+    for words, options in [("Unknown mode", {"mode": "swap"}), ("parts must", {"parts": "q"}),
+                           ("strength must", {"strength": 1.5}), ("window is", {"window": (0.5, 0.2)})]:
+        with pytest.raises(ValueError, match=words), attention.inject(unet, bank, **options):
+            pass
+    for words, mask in [("need masks of shape", torch.ones(2, 1, 8, 8)), ("need masks of shape", torch.ones(8, 8)),
+                        ("at most 1", torch.full((1, 1, 8, 8), 1.2))]:
+        with pytest.raises(ValueError, match=words), attention.inject(unet, bank, mask):
+            run(tiny_pipe, steps=2)
+    with pytest.raises(ValueError, match="same picture size"), attention.inject(unet, bank):
+        run(tiny_pipe, rand(1, 4, 8, 8), steps=2)
+    with pytest.raises(ValueError, match="none is left"), attention.inject(unet, 1):
+        run(tiny_pipe, steps=2)
