@@ -1,0 +1,492 @@
+"""Depth maps of every kind, brought to one convention on the way in (lesson 06).
+
+Models and sensors do not agree on what a depth map is. ZoeDepth and depth cameras give metres (near = low),
+MiDaS, DPT and the relative Depth Anything give *inverse* depth (near = **high**) with an unknown scale and
+shift. Whoever mixes them up swaps foreground and background. Here every source ends as a `DepthMap`:
+
+    values in [0, 1], **0 = near, 1 = far**, whatever went in.
+
+    kind                 what values are                                   near, far (raw, at 0 and at 1)
+    "metric"             (z - near) / (far - near)                         metres
+    "inverse-relative"   1 - inverse depth, scaled between its percentiles inverse depth, arbitrary unit
+    "relative"           a picture of depth, e.g. 8-bit                    the file's own numbers
+
+Shapes: depth (B, 1, H, W) float32; a mask of valid pixels (B, 1, H, W), 1 = measured.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+KINDS = ("metric", "inverse-relative", "relative")
+PERCENTILES = (2.0, 98.0)  # of inverse depth; robust against the few extreme pixels that min-max would follow
+
+
+@dataclass(frozen=True)
+class DepthMap:
+    """Depth in the course's one convention.
+
+    values  (B, 1, H, W) float32 in [0, 1], 0 = near, 1 = far
+    kind    "metric", "inverse-relative" or "relative"
+    near    raw number that became 0: a float, or one per image as a (B, 1, 1, 1) tensor (metres when metric)
+    far     raw number that became 1
+    valid   (B, 1, H, W) float32, 1 = measured; None means that every pixel is
+    source  one line that says where the depth comes from
+    """
+    values: torch.Tensor
+    kind: str
+    near: float | torch.Tensor
+    far: float | torch.Tensor
+    valid: torch.Tensor | None = None
+    source: str = ""
+
+    def __post_init__(self):
+        v = self.values
+        if self.kind not in KINDS:
+            raise ValueError(f"Unknown kind of depth {self.kind!r}; known: {', '.join(KINDS)}.")
+        if v.ndim != 4 or v.shape[1] != 1:
+            raise ValueError(f"A DepthMap needs values (B, 1, H, W); got shape {tuple(v.shape)}.")
+        if not torch.isfinite(v).all() or v.min() < 0 or v.max() > 1:
+            raise ValueError("The values of a DepthMap are finite and in [0, 1]; use an adapter.")
+        if self.valid is None:
+            object.__setattr__(self, "valid", torch.ones_like(v))
+        elif self.valid.shape != v.shape:
+            raise ValueError(f"valid {tuple(self.valid.shape)} and values {tuple(v.shape)} differ in shape.")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return tuple(self.values.shape[-2:])
+
+    def metres(self) -> torch.Tensor:
+        """(B, 1, H, W) metres; only a metric map knows them."""
+        if self.kind != "metric":
+            raise ValueError(f"This depth map is {self.kind}: it has an order but no metres. Use a metric "
+                             f"source (a sensor file, 'mini', 'zoedepth'), or align_scale_shift first.")
+        return self.near + self.values * (self.far - self.near)
+
+    def at(self, value) -> float | torch.Tensor:
+        """A user's depth as a threshold in [0, 1]: 0.5, "0.5" or, for a metric map, "2.4m".
+
+        Gives a float, or a (B, 1, 1, 1) tensor where the images of a batch have ranges of their own.
+        Raises ValueError when the depth lies outside the scene or metres are asked of a map without metres.
+        """
+        number, metres = _parse_at(value)
+        if not metres:
+            if not 0 <= number <= 1:
+                hint = f" Did you mean '{number:g}m'?" if self.kind == "metric" and number > 0 else ""
+                raise ValueError(f"AT={value} is outside the scene: 0 is the nearest depth, 1 the farthest."
+                                 + hint)
+            return number
+        if self.kind != "metric":
+            raise ValueError(f"AT={value} asks for metres, but this depth map is {self.kind} and has none; "
+                             f"give a number from 0 (near) to 1 (far) instead.")
+        t = (number - self.near) / (self.far - self.near)
+        if torch.as_tensor(t).min() < -1e-6 or torch.as_tensor(t).max() > 1 + 1e-6:
+            near, far = (float(torch.as_tensor(x).reshape(-1)[0]) for x in (self.near, self.far))
+            raise ValueError(f"AT={value} is outside the scene, which lies {near:.2f}m to {far:.2f}m away.")
+        return t.clamp(0, 1) if isinstance(t, torch.Tensor) else min(max(t, 0.0), 1.0)
+
+    def resize(self, size: tuple[int, int]) -> DepthMap:
+        """The same depth at (height, width), nearest pixel: averaging across an edge invents depths."""
+        if tuple(size) == self.size:
+            return self
+        return replace(self, values=F.interpolate(self.values, size=size, mode="nearest-exact"),
+                       valid=F.interpolate(self.valid, size=size, mode="nearest-exact"))
+
+    def crop(self, top: int, left: int, height: int, width: int) -> DepthMap:
+        """A window of it, on the same scale (near and far stay)."""
+        box = (..., slice(top, top + height), slice(left, left + width))
+        return replace(self, values=self.values[box], valid=self.valid[box])
+
+    def to(self, device) -> DepthMap:
+        near, far = (x.to(device) if isinstance(x, torch.Tensor) else x for x in (self.near, self.far))
+        return replace(self, values=self.values.to(device), valid=self.valid.to(device), near=near, far=far)
+
+    def statistics(self) -> dict:
+        """For a report: kind, range, share measured, percentiles and histogram of the measured pixels."""
+        measured = self.values[self.valid > 0.5].double().cpu().numpy()
+        names = ("p02", "p25", "median", "p75", "p98")
+        marks = dict(zip(names, np.percentile(measured, [2, 25, 50, 75, 98])))
+        out = {"kind": self.kind, "source": self.source, "height": self.size[0], "width": self.size[1],
+               "measured_share": round(float(self.valid.float().mean()), 4),
+               "percentiles_01": {k: round(float(v), 4) for k, v in marks.items()},
+               "histogram_01": np.histogram(measured, bins=20, range=(0, 1))[0].tolist()}
+        if self.kind == "metric" and not isinstance(self.near, torch.Tensor):
+            out |= {"near_m": round(float(self.near), 4), "far_m": round(float(self.far), 4),
+                    "percentiles_m": {k: round(float(self.near + v * (self.far - self.near)), 3)
+                                      for k, v in marks.items()}}
+        return out
+
+
+def _parse_at(value) -> tuple[float, bool]:
+    """(number, is it in metres). Accepts 0.5, "0.5", "2.4m", "2.4 m"."""
+    text = str(value).strip().lower()
+    metres = text.endswith("m")
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = float(text[:-1] if metres else text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"AT={value!r} is not a depth; write a number from 0 (near) to 1 (far) such as 0.5, "
+                         f"or metres such as 2.4m.")
+    return number, metres
+
+
+# ---------------------------------------------------------------- from raw numbers to the one convention
+
+def from_metric(metres, near=None, far=None, valid=None, trim=0.0, source="metres") -> DepthMap:
+    """Metres, near = low: (z - near) / (far - near), clamped to [0, 1].
+
+    metres  (H, W), (B, H, W) or (B, 1, H, W), > 0; pixels that are not finite or not > 0 count as unmeasured
+    near    metres that become 0; default: each image's nearest measured pixel (so nothing is lost), or,
+    far     with `trim` in percent, that percentile, so that a few stray pixels do not stretch the scale
+    """
+    z = _as_4d(metres)
+    ok = torch.isfinite(z) & (z > 0)
+    ok = ok if valid is None else ok & (_as_4d(valid) > 0.5)
+    low, high = _ranges(z, ok, (trim, 100 - trim))
+    near, far = _constant(low if near is None else near), _constant(high if far is None else far)
+    return _finish((z - near) / (far - near), ok, "metric", near, far, source)
+
+
+def from_inverse(prediction, valid=None, size=None, source="inverse depth") -> DepthMap:
+    """Relative **inverse** depth, near = high, any scale and shift (MiDaS, DPT, relative Depth Anything).
+
+    1 - inverse depth scaled between its 2nd and 98th percentile, image by image. `size` (H, W) resizes first,
+    in the unit the model predicts. The order of depths is right, distances between them are not: they stay
+    unknown until align_scale_shift has seen something metric.
+    """
+    inverse = _resize(_as_4d(prediction), size)
+    ok = torch.isfinite(inverse)
+    ok = ok if valid is None else ok & (_as_4d(valid) > 0.5)
+    low, high = (_constant(x) for x in _ranges(inverse, ok, PERCENTILES))
+    return _finish(1 - (inverse - low) / (high - low), ok, "inverse-relative", high, low, source)
+
+
+def from_relative(picture, near_is: str, valid=None, source="relative depth") -> DepthMap:
+    """A picture of depth without a unit (0..255 or 0..1), stretched between its lowest and highest value.
+
+    near_is  "low" (dark = near, as in this course) or "high" (bright = near, as MiDaS-style pictures)
+    """
+    if near_is not in ("low", "high"):
+        raise ValueError("This depth has no unit, so its sign must be said: near_is='low' when dark is near, "
+                         "near_is='high' when bright is near (pictures from MiDaS, DPT or Depth Anything).")
+    x = _as_4d(picture)
+    ok = torch.isfinite(x)
+    ok = ok if valid is None else ok & (_as_4d(valid) > 0.5)
+    low, high = (_constant(v) for v in _ranges(x, ok, (0.0, 100.0)))
+    near, far = (low, high) if near_is == "low" else (high, low)
+    return _finish((x - near) / (far - near), ok, "relative", near, far, source)
+
+
+def _finish(values, ok, kind, near, far, source) -> DepthMap:
+    values = torch.where(ok, values, torch.ones_like(values)).clamp(0, 1).float()  # unmeasured: far
+    return DepthMap(values, kind, near, far, ok.float(), source)
+
+
+def _as_4d(x) -> torch.Tensor:
+    """Arrays and tensors of shape (H, W), (B, H, W), (B, 1, H, W) or (H, W, 1) as float32 (B, 1, H, W)."""
+    t = torch.from_numpy(np.array(x)) if isinstance(x, np.ndarray) else torch.as_tensor(x)
+    t = t.detach().float()
+    if t.ndim == 3 and t.shape[-1] == 1:
+        t = t[..., 0]
+    t = t[None, None] if t.ndim == 2 else t[:, None] if t.ndim == 3 else t
+    if t.ndim != 4 or t.shape[1] != 1 or 0 in t.shape:
+        raise ValueError(f"A depth map has one channel, (H, W) or (B, 1, H, W); got {tuple(np.shape(x))}.")
+    return t
+
+
+def _ranges(x, ok, percentiles) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two percentiles of the valid pixels of each image, as (B, 1, 1, 1); errors on flat depth."""
+    pairs = []
+    for image, mask in zip(x, ok):
+        numbers = image[mask].double().cpu().numpy()
+        if numbers.size == 0:
+            raise ValueError("The depth map has no measured pixel; give another one, or leave it out.")
+        low, high = np.percentile(numbers, percentiles)
+        if not high - low > 1e-6 * max(abs(low), abs(high)):
+            low, high = numbers.min(), numbers.max()  # nearly all one value: what differs still counts
+        if not high - low > 1e-6 * max(abs(low), abs(high)):
+            raise ValueError(f"The depth map is one value everywhere ({low:g}), so nothing is nearer "
+                             f"than anything else; give a depth map of this picture, or leave it out.")
+        pairs.append((low, high))
+    return tuple(torch.tensor(v, dtype=torch.float32, device=x.device).view(-1, 1, 1, 1) for v in zip(*pairs))
+
+
+def _constant(x):
+    """A float where one number holds for the whole batch, else the (B, 1, 1, 1) tensor."""
+    return float(x.reshape(-1)[0]) if isinstance(x, torch.Tensor) and (x == x.reshape(-1)[0]).all() else x
+
+
+def _resize(x, size):
+    return x if size is None or tuple(x.shape[-2:]) == tuple(size) else F.interpolate(
+        x, size=tuple(size), mode="bicubic", align_corners=False)
+
+
+# ---------------------------------------------------------------- adapters: a model's output -> DepthMap
+
+def dpt(outputs, size=None) -> DepthMap:
+    """DPT and MiDaS (`Intel/dpt-*`): `predicted_depth` (B, h, w), relative inverse depth, near = **high**."""
+    return from_inverse(_predicted(outputs), size=size, source="DPT (relative inverse depth, near = high)")
+
+
+def depth_anything(outputs, size=None, estimation="relative", max_depth=None) -> DepthMap:
+    """Depth Anything v1 / v2. `estimation` is the model's `config.depth_estimation_type`.
+
+    "relative": inverse depth, near = **high** (transformers' docstring says metres: wrong here).
+    "metric": metres, near = low, at most `max_depth`.
+    """
+    prediction = _predicted(outputs)
+    if estimation == "relative":
+        return from_inverse(prediction, size=size, source="Depth Anything (inverse depth, near = high)")
+    if estimation != "metric":
+        raise ValueError(f"Depth Anything is 'relative' or 'metric', not {estimation!r}; see config.json.")
+    metres = _resize(_as_4d(prediction), size).clamp(1e-3, max_depth)
+    return from_metric(metres, source="Depth Anything metric (metres)")
+
+
+def zoedepth(outputs, processor, size, flipped=None) -> DepthMap:
+    """ZoeDepth: metres, near = low. Its processor pads the picture by reflection, so its own
+    `post_process_depth_estimation` must take that off again; plain resizing shifts everything.
+
+    size     (H, W) of the picture that went in
+    flipped  optional output for the mirrored picture; the two are averaged
+    """
+    batch = len(_predicted(outputs))
+    done = processor.post_process_depth_estimation(outputs, source_sizes=[tuple(size)] * batch,
+                                                   outputs_flipped=flipped)
+    metres = torch.stack([d["predicted_depth"] for d in done])
+    return from_metric(_as_4d(metres).clamp_min(1e-3), source="ZoeDepth (metres)")
+
+
+def mini(outputs, inverse_scale: float, size=None, near=None, far=None) -> DepthMap:
+    """The course's small DPT: inverse depth, near = **high**; metres = inverse_scale / prediction.
+
+    The constant lies in the model's card.json; near and far are the Miniature's, in metres."""
+    inverse = _resize(_as_4d(_predicted(outputs)), size)
+    metres = inverse_scale / inverse.clamp_min(1e-6 * inverse_scale)
+    return from_metric(metres if far is None else metres.clamp_max(2 * far), near=near, far=far,
+                       source="mini-depth (metres; trained on the Miniature only)")
+
+
+def _predicted(outputs) -> torch.Tensor:
+    return outputs.predicted_depth if hasattr(outputs, "predicted_depth") else outputs
+
+
+@dataclass
+class Estimator:
+    """A depth model ready to use: estimator(image (B, 3, H, W) in [0, 1]) -> DepthMap of the same size."""
+    name: str
+    model: torch.nn.Module
+    processor: object
+    adapter: object  # (outputs, size) -> DepthMap
+    used: str = ""   # the folder or repository that it came from
+
+    @torch.no_grad()
+    def __call__(self, image: torch.Tensor) -> DepthMap:
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f"A depth model needs an image of shape (B, 3, H, W); got {tuple(image.shape)}.")
+        pixels = self.processor(images=list(image.float().cpu()), do_rescale=False, return_tensors="pt")
+        weights = next(self.model.parameters())
+        outputs = self.model(pixels["pixel_values"].to(weights.device, weights.dtype))
+        outputs.predicted_depth = outputs.predicted_depth.float().cpu()
+        return self.adapter(outputs, tuple(image.shape[-2:])).to(image.device)
+
+
+# ---------------------------------------------------------------- depth that is given: sensors and files
+
+def given(source, kind: str | None = None, near_is: str | None = None, size: tuple[int, int] | None = None,
+          trim: float = 0.0, fill: bool = True) -> DepthMap:
+    """Depth from a file or an array.
+
+    16-bit PNG or uint16     millimetres, 0 = no measurement (depth cameras)
+    float .npy/.tiff/array   metres; not finite or <= 0 = no measurement. kind="relative" for a unit-free one
+    8-bit picture or uint8   no unit: say near_is="low" (dark = near) or near_is="high" (bright = near)
+
+    size  (H, W) of the picture that it must fit
+    trim  percent cut off at both ends of the scale (see from_metric)
+    fill  holes get the nearest measured depth (see fill_holes); `valid` still says which were measured
+    """
+    array, name = _read(source)
+    if array.ndim == 3 and array.shape[-1] in (3, 4) and array.dtype == np.uint8:
+        array = _grey(array, name)
+    shape = tuple(array.shape[-2:]) if array.ndim == 4 or array.shape[-1] != 1 else array.shape[:2]
+    if size is not None and shape != tuple(size):
+        raise ValueError(f"The depth is {shape[1]} x {shape[0]} pixels but the picture {size[1]} x {size[0]}; "
+                         f"give a depth map that fits the picture pixel for pixel.")
+    found = _from_array(array, kind, near_is, trim, name)
+    return fill_holes(found) if fill else found
+
+
+def _from_array(array, kind, near_is, trim, name) -> DepthMap:
+    if kind not in (None, "metric", "relative", "inverse-relative"):
+        raise ValueError(f"Unknown kind of depth {kind!r}; known: {', '.join(KINDS)}.")
+    if kind == "inverse-relative":
+        return from_inverse(array.astype(np.float32), source=f"{name} (inverse depth, near = high)")
+    if kind == "relative" or (kind is None and array.dtype == np.uint8):
+        return from_relative(array.astype(np.float32), near_is, source=f"{name} (near is {near_is})")
+    if array.dtype == np.uint8:
+        raise ValueError(f"{name} has 8 bits, too few for metres; save 16-bit millimetres or float metres.")
+    if np.issubdtype(array.dtype, np.integer):
+        return from_metric(array.astype(np.float32) / 1000, trim=trim, source=f"{name} (millimetres, sensor)")
+    top = np.nanmax(np.where(np.isfinite(array), array, np.nan)) if np.isfinite(array).any() else np.nan
+    if top > 1000:
+        raise ValueError(f"{name} holds floats up to {top:g}, too much for metres; give metres, or "
+                         f"millimetres as 16-bit whole numbers.")
+    if kind is None and 0 < top <= 1:
+        raise ValueError(f"{name} holds floats in [0, 1]: say kind='metric' if these are metres, or "
+                         f"kind='relative' with near_is='low' or 'high'.")
+    return from_metric(array, trim=trim, source=f"{name} (metres)")
+
+
+def _read(source) -> tuple[np.ndarray, str]:
+    """(array, name) of a path, array or tensor."""
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu().numpy()
+    if isinstance(source, np.ndarray):
+        return _check_array(source, "the depth array"), "given array"
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"No depth file at {path}; check the path, or leave it out.")
+    try:
+        if path.suffix == ".npy":
+            array = np.load(path, allow_pickle=False)
+        else:
+            from PIL import Image
+            with Image.open(path) as picture:
+                picture.load()
+                array = _pixels(picture)
+    except Exception as error:
+        raise ValueError(f"{path.name} cannot be read as depth ({type(error).__name__}); give a 16-bit "
+                         f"PNG in millimetres, .npy or .tiff in metres, or an 8-bit picture.") from error
+    return _check_array(array, path.name), path.name
+
+
+def _pixels(picture) -> np.ndarray:
+    if picture.mode in ("P", "1", "CMYK", "LA"):
+        picture = picture.convert("L" if picture.mode in ("1", "LA") else "RGB")
+    array = np.asarray(picture)
+    # older Pillow hands 16-bit PNGs over as int32
+    is_16_bit = array.dtype == np.int32 and array.min() >= 0 and array.max() < 65536
+    return array.astype(np.uint16) if is_16_bit else array
+
+
+def _check_array(array, name) -> np.ndarray:
+    if array.dtype.kind not in "uif":
+        raise ValueError(f"{name} holds {array.dtype}, not depth; give whole millimetres or float metres.")
+    if array.ndim not in (2, 3, 4) or 0 in array.shape:
+        raise ValueError(f"{name} has shape {array.shape}; a depth map is (H, W) or (B, 1, H, W).")
+    return array
+
+
+def _grey(array, name) -> np.ndarray:
+    rgb = array[..., :3]
+    if (rgb != rgb[..., :1]).any():
+        raise ValueError(f"{name} is a colour picture, not depth (colour maps cannot be undone); give grey.")
+    return rgb[..., 0]
+
+
+def fill_holes(depth: DepthMap) -> DepthMap:
+    """Give every unmeasured pixel the depth of the nearest measured one.
+
+    The nearest value keeps edges sharp and invents no depth that was not measured; averaging would put a ramp
+    between an object and the wall behind it, and a threshold on that ramp cuts out a halo. Where a hole
+    touches both, it is a guess all the same: `valid` keeps saying which pixels were measured.
+    """
+    from scipy.ndimage import distance_transform_edt
+    if (depth.valid > 0.5).all():
+        return depth
+    filled = depth.values.clone()
+    for values, valid in zip(filled[:, 0], depth.valid[:, 0]):
+        holes = (valid <= 0.5).cpu().numpy()
+        if holes.all():
+            raise ValueError("The depth map has no measured pixel; give another one, or leave it out.")
+        rows, columns = distance_transform_edt(holes, return_distances=False, return_indices=True)
+        values.copy_(values[torch.from_numpy(rows).long(), torch.from_numpy(columns).long()])
+    return replace(depth, values=filled)
+
+
+# ---------------------------------------------------------------- alignment and scores
+
+def align_scale_shift(prediction, target, valid=None):
+    """The scale s and shift t that bring s * prediction + t closest to target (least squares, per image).
+
+    Relative models are compared this way (as MiDaS is), **in their own space**: align predicted inverse depth
+    with 1 / metres, then invert. Returns (aligned (B, 1, H, W), s (B, 1, 1, 1), t (B, 1, 1, 1)).
+    """
+    p, y, w = _scored(prediction, target, valid)
+    p, y, w64 = p.double(), y.double(), w.double()
+    n = w64.sum((1, 2, 3), keepdim=True)
+    mp, my = ((x * w64).sum((1, 2, 3), keepdim=True) / n for x in (p, y))
+    spread = (w64 * (p - mp) ** 2).sum((1, 2, 3), keepdim=True) / n
+    if (spread <= 1e-12 * (mp ** 2 + 1e-12)).any():
+        raise ValueError("The prediction is one value everywhere, so no scale fits; check the depth model.")
+    s = (w64 * (p - mp) * (y - my)).sum((1, 2, 3), keepdim=True) / n / spread
+    t = my - s * mp
+    return (s * _as_4d(prediction).double() + t).float(), s.float(), t.float()
+
+
+def abs_rel(metres, truth, valid=None) -> torch.Tensor:
+    """Mean of |z - z*| / z* over the valid pixels, per image: (B,). Metres in, no unit out; 0 is perfect."""
+    z, t, w = _scored(metres, truth, valid, positive=True)
+    return _mean((z - t).abs() / t, w)
+
+
+def rmse(metres, truth, valid=None) -> torch.Tensor:
+    """Root of the mean squared error over the valid pixels, per image: (B,), in metres."""
+    z, t, w = _scored(metres, truth, valid)
+    return _mean((z - t) ** 2, w).sqrt()
+
+
+def delta1(metres, truth, valid=None) -> torch.Tensor:
+    """Share of valid pixels with max(z / z*, z* / z) < 1.25, per image: (B,). 1 is perfect."""
+    z, t, w = _scored(metres, truth, valid, positive=True)
+    z = z.clamp_min(1e-6)
+    return _mean((torch.maximum(z / t, t / z) < 1.25).float(), w)
+
+
+def ordinal_error(depth, truth, valid=None, pairs: int = 20000, margin: float = 0.03,
+                  generator=None) -> torch.Tensor:
+    """Share of random pixel pairs put in the wrong order, per image: (B,). 0 is perfect, 0.5 is guessing.
+
+    Needs no unit and no alignment, so it also catches a swapped sign (then it is near 1). Only pairs whose
+    true depths differ by more than `margin` (relative) count; a predicted tie counts half. After Chen et al.
+    2016, "Single-image depth perception in the wild". `generator`: CPU torch.Generator; default seed 0.
+    """
+    z, t, w = _scored(depth, truth, valid)
+    generator = generator or torch.Generator("cpu").manual_seed(0)
+    errors = []
+    for zi, ti, wi in zip(z.flatten(1).cpu(), t.flatten(1).cpu(), w.flatten(1).cpu()):
+        where = torch.nonzero(wi > 0.5)[:, 0]
+        a, b = where[torch.randint(len(where), (2, pairs), generator=generator)]
+        differ = (ti[a] - ti[b]).abs() > margin * torch.minimum(ti[a].abs(), ti[b].abs()).clamp_min(1e-6)
+        if not differ.any():
+            raise ValueError("All true depths are (nearly) the same, so there is no order to compare.")
+        order = torch.sign(zi[a] - zi[b])[differ] * torch.sign(ti[a] - ti[b])[differ]
+        errors.append(((1 - order) / 2).mean())
+    return torch.stack(errors)
+
+
+def _scored(prediction, truth, valid, positive=False):
+    """Both as (B, 1, H, W), and the mask of pixels that count (truth must be measured)."""
+    p, t = _as_4d(prediction), _as_4d(truth)
+    if p.shape != t.shape:
+        raise ValueError(f"Prediction {tuple(p.shape)} and truth {tuple(t.shape)} must have the same shape.")
+    w = torch.isfinite(t) & torch.isfinite(p) & ((t > 0) if positive else torch.isfinite(t))
+    w = w if valid is None else w & (_as_4d(valid) > 0.5)
+    if (w.sum((1, 2, 3)) == 0).any():
+        raise ValueError("No valid pixel to compare; check the validity mask and the truth.")
+    zero = torch.zeros_like(t)
+    return torch.where(w, p, zero), torch.where(w, t, zero + positive), w.float()
+
+
+def _mean(x, w) -> torch.Tensor:
+    return (x * w).sum((1, 2, 3)) / w.sum((1, 2, 3))

@@ -1,0 +1,310 @@
+"""Every source of depth ends as 0 = near, 1 = far; scores and files behave."""
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lib import depth as D
+
+TESTDATA = Path(os.environ.get("LAYERS_TESTDATA", Path(__file__).parents[2] / "shared" / "testdata"))
+NAMES = ("room_chair", "desk", "motorcycle")
+
+
+def ramp(height=24, width=32, near=1.0, far=5.0):
+    """True metres that grow from left (near) to right (far): (1, 1, H, W)."""
+    return torch.linspace(near, far, width).expand(1, 1, height, width).contiguous()
+
+
+def seen_through(source, z, tmp_path):
+    """What each source would hand us for true metres z, brought in by its adapter."""
+    inverse, size = 1 / z[:, 0], z.shape[-2:]
+    mm = (z[0, 0] * 1000).round().numpy().astype(np.uint16)
+    bytes01 = ((z - z.min()) / (z.max() - z.min()) * 255).round().numpy().astype(np.uint8)[0, 0]
+    if source == "dpt":
+        return D.dpt(SimpleNamespace(predicted_depth=37 * inverse + 4), size)
+    if source == "depth-anything":
+        return D.depth_anything(SimpleNamespace(predicted_depth=3 * inverse), size)
+    if source == "depth-anything-metric":
+        return D.depth_anything(SimpleNamespace(predicted_depth=z[:, 0]), size, "metric", 20)
+    if source == "zoedepth":
+        from transformers import ZoeDepthImageProcessor
+        pad = [int((n / 2) ** 0.5 * 3) for n in size]
+        padded = torch.nn.functional.pad(z, (pad[1], pad[1], pad[0], pad[0]), mode="reflect")
+        return D.zoedepth(SimpleNamespace(predicted_depth=padded[:, 0]), ZoeDepthImageProcessor(), size)
+    if source == "mini":
+        return D.mini(SimpleNamespace(predicted_depth=2 * inverse), inverse_scale=2.0, near=1, far=8)
+    if source == "png16":
+        Image.fromarray(mm).save(tmp_path / "mm.png")
+        return D.given(tmp_path / "mm.png", size=size)
+    if source == "npy":
+        np.save(tmp_path / "m.npy", z[0, 0].numpy())
+        return D.given(str(tmp_path / "m.npy"))
+    if source == "tiff":
+        Image.fromarray(z[0, 0].numpy()).save(tmp_path / "m.tiff")
+        return D.given(tmp_path / "m.tiff")
+    if source == "8-bit-dark-near":
+        Image.fromarray(bytes01).save(tmp_path / "a.png")
+        return D.given(tmp_path / "a.png", near_is="low")
+    if source == "8-bit-bright-near":
+        Image.fromarray(255 - bytes01).convert("RGB").save(tmp_path / "b.png")
+        return D.given(tmp_path / "b.png", near_is="high")
+    if source == "inverse-array":
+        return D.given(inverse[0].numpy(), kind="inverse-relative")
+    return D.given(z)
+
+
+METRIC = ("depth-anything-metric", "zoedepth", "mini", "png16", "npy", "tiff", "tensor")
+RELATIVE = ("dpt", "depth-anything", "8-bit-dark-near", "8-bit-bright-near", "inverse-array")
+
+
+@pytest.mark.parametrize("source", METRIC + RELATIVE)
+def test_a_ramp_through_every_adapter_ends_near_0_far_1(source, tmp_path):
+    z = ramp()
+    found = seen_through(source, z, tmp_path)
+    v = found.values
+    assert v.shape == z.shape and v.dtype == torch.float32 and v.min() >= 0 and v.max() <= 1
+    assert (v[..., 1:] - v[..., :-1]).min() >= -1e-3, "must grow from near to far"
+    end = (5 - 1) / (8 - 1) if source == "mini" else 1.0  # mini: 5 m on the Miniature's scale of 1 to 8 m
+    assert v[..., 0].max() < 0.02 and v[..., -1].min() > end - 0.02
+    assert D.ordinal_error(v, z) < 0.01
+    assert found.kind == ("metric" if source in METRIC else
+                          "relative" if source.startswith("8-bit") else "inverse-relative")
+    if source in METRIC:
+        assert (found.metres() - z).abs().max() < 0.02
+        assert found.at("3m") == pytest.approx((3 - found.near) / (found.far - found.near))
+    else:
+        with pytest.raises(ValueError, match="metres"):
+            found.metres()
+
+
+def test_raw_midas_without_an_adapter_is_the_wrong_way_round():
+    z = ramp()
+    assert D.ordinal_error(1 / z, z) > 0.99
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_properties_on_random_maps(seed):
+    """Order survives, metres come back, and scale and shift of a relative map do not matter."""
+    g = torch.Generator().manual_seed(seed)
+    h, w, b = (int(torch.randint(3, 40, (), generator=g)) for _ in range(3))
+    b = 1 + b % 3
+    z = 0.3 + 9 * torch.rand(b, 1, h, w, generator=g) ** 2
+    metric = D.from_metric(z)
+    assert torch.allclose(metric.metres(), z, atol=1e-4)
+    s, t = 0.1 + 50 * torch.rand((), generator=g), 5 * torch.rand((), generator=g)
+    one, two = D.from_inverse(1 / z), D.from_inverse(s / z + t)
+    assert torch.allclose(one.values, two.values, atol=2e-3)
+    assert D.ordinal_error(one.values, z).max() <= 0.06  # only what lies outside the percentiles may tie
+    for i in range(b):  # each image of a batch is scaled on its own
+        assert torch.allclose(one.values[i], D.from_inverse(1 / z[i:i + 1]).values[0], atol=1e-6)
+
+
+def test_percentiles_ignore_a_few_wild_pixels():
+    z = ramp(50, 64)
+    inverse = 1 / z
+    wild = inverse.clone()
+    wild[..., 0, :3] = 1e4
+    assert (D.from_inverse(wild).values - D.from_inverse(inverse).values)[..., 1:, :].abs().max() < 0.02
+
+
+# ------------------------------------------------------------------ AT
+
+@pytest.mark.parametrize("text, expected", [(0.5, 0.5), ("0.5", 0.5), (" 0.25 ", 0.25), ("3m", 0.5),
+                                            ("3.0 M", 0.5), (0, 0.0), (1, 1.0), ("1m", 0.0), ("5m", 1.0)])
+def test_at_reads_numbers_and_metres(text, expected):
+    assert D.given(ramp()).at(text) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("text, words", [
+    (1.5, "outside the scene.*'1.5m'"), (-0.1, "outside the scene"),
+    ("9m", "1.00m to 5.00m"), ("0.2m", "outside"), (True, "not a depth"),
+    ("near", "not a depth"), ("", "not a depth"), ("nan", "not a depth"), (None, "not a depth"),
+    ("inf", "not a depth"), ("m", "not a depth")])
+def test_at_says_what_is_wrong(text, words):
+    with pytest.raises(ValueError, match=words):
+        D.given(ramp()).at(text)
+
+
+def test_metres_are_refused_on_a_relative_map():
+    with pytest.raises(ValueError, match="metres.*from 0"):
+        D.from_inverse(1 / ramp()).at("2.4m")
+
+
+def test_at_gives_one_threshold_per_image_when_ranges_differ():
+    t = D.from_metric(torch.cat([ramp(near=1, far=5), ramp(near=2, far=6)])).at("3m")
+    assert t.shape == (2, 1, 1, 1) and t.flatten().tolist() == pytest.approx([0.5, 0.25])
+
+
+# ------------------------------------------------------------------ files, holes, errors
+
+def test_holes_take_the_nearest_measurement_and_stay_marked():
+    z = ramp(20, 40)
+    z[..., :20], z[..., 20:] = 1.0, 3.0  # a step between two surfaces
+    mm = (z[0, 0] * 1000).numpy().astype(np.uint16)
+    mm[5:9, 10:30] = 0
+    raw, filled = D.given(mm, fill=False), D.given(mm)
+    assert (raw.values[..., 5:9, 10:30] == 1).all()
+    assert torch.equal(filled.values, D.given(z).values)  # the edge is sharp again and in its place
+    assert filled.valid.sum() == mm.size - 80 and torch.equal(D.fill_holes(filled).values, filled.values)
+    assert set(filled.values.unique().tolist()) == {0.0, 1.0}  # and no depth was invented
+
+
+def test_trim_keeps_stray_pixels_from_stretching_the_scale():
+    z = ramp(50, 40)
+    z[..., 0, 0] = 60.0
+    loose, tight = D.given(z), D.given(z, trim=2)
+    assert loose.far == 60 and tight.far < 5.01
+    assert loose.values.median() < 0.05 and 0.4 < tight.values.median() < 0.6
+
+
+@pytest.mark.parametrize("bad, words", [
+    (np.full((8, 8), 1200, np.uint16), "one value everywhere"),
+    (np.zeros((8, 8), np.uint16), "no measured pixel"),
+    (np.full((8, 8), np.nan, np.float32), "no measured pixel"),
+    (np.random.default_rng(0).random((8, 8)).astype(np.float32), "say kind"),
+    (np.full((8, 8), 1500.0) + np.arange(8), "too much for metres"),
+    (np.arange(64, dtype=np.uint8).reshape(8, 8), "near_is"),
+    (np.ones((1, 3, 8, 8), np.float32) * 2, "one channel"),
+    (np.zeros((0, 8), np.float32), "shape"),
+    (np.zeros(8, np.float32), "shape"),
+    (np.zeros((8, 8), bool), "not depth"),
+    (np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8), "colour picture")])
+def test_bad_arrays_say_what_to_do(bad, words):
+    with pytest.raises(ValueError, match=words):
+        D.given(bad)
+
+
+def test_bad_files_say_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No depth file"):
+        D.given(tmp_path / "no.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG not really")
+    (tmp_path / "pickle.npy").write_bytes(b"junk")
+    for name in ("broken.png", "pickle.npy"):
+        with pytest.raises(ValueError, match="cannot be read as depth"):
+            D.given(tmp_path / name)
+    np.save(tmp_path / "d.npy", ramp()[0, 0].numpy())
+    with pytest.raises(ValueError, match="32 x 24 pixels but the picture 64 x 48"):
+        D.given(tmp_path / "d.npy", size=(48, 64))
+
+
+def test_a_depth_map_checks_itself():
+    z = ramp()
+    for values in (z, torch.full_like(z, torch.nan), z[0], -z / 5):
+        with pytest.raises(ValueError):
+            D.DepthMap(values, "metric", 1.0, 5.0)
+    with pytest.raises(ValueError, match="kind"):
+        D.DepthMap(z / 5, "disparity", 1.0, 5.0)
+
+
+def test_crop_and_resize_keep_the_scale():
+    found = D.given(ramp(24, 32))
+    part = found.crop(4, 8, 10, 12)
+    assert part.size == (10, 12) and torch.equal(part.metres(), found.metres()[..., 4:14, 8:20])
+    small = found.resize((12, 16))
+    assert small.size == (12, 16)
+    assert set(small.values.unique().tolist()) <= set(found.values.unique().tolist())  # none invented
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_real_sensor_depth(name):
+    path = TESTDATA / "rgbd" / f"{name}_depth_mm.png"
+    if not path.exists():
+        pytest.skip(f"no test data at {path}; set LAYERS_TESTDATA")
+    raw = np.asarray(Image.open(path))
+    found = D.given(path, size=raw.shape)
+    assert found.kind == "metric" and found.near == pytest.approx(raw[raw > 0].min() / 1000)
+    assert torch.equal(found.valid[0, 0] > 0.5, torch.as_tensor(raw > 0))
+    measured = found.valid > 0.5
+    metres = torch.as_tensor(raw / 1000.0).float()[None, None]
+    assert (found.metres() - metres)[measured].abs().max() < 1e-3
+    facts = found.statistics()
+    assert facts["measured_share"] == pytest.approx((raw > 0).mean(), abs=1e-4)
+    assert facts["percentiles_m"]["median"] == pytest.approx(np.median(raw[raw > 0]) / 1000, abs=0.01)
+    floor, top = found.values[..., -20:, :].median(), found.values[..., 30:60, :].median()
+    assert floor < top, "the floor at our feet is nearer than what is above it"
+
+
+# ------------------------------------------------------------------ alignment and scores
+
+def test_alignment_undoes_scale_and_shift_and_ignores_holes():
+    inverse = 1 / ramp()
+    moved = (inverse - 0.2) / 7
+    truth, valid = inverse.clone(), torch.ones_like(inverse)
+    truth[..., :5, :], valid[..., :5, :] = 99, 0
+    aligned, s, t = D.align_scale_shift(moved, truth, valid)
+    assert torch.allclose(aligned, inverse, atol=1e-5) and s.item() == pytest.approx(7, rel=1e-4)
+    assert t.item() == pytest.approx(0.2, rel=1e-4)
+    with pytest.raises(ValueError, match="one value"):
+        D.align_scale_shift(torch.ones_like(truth), truth)
+
+
+def test_scores_by_hand():
+    truth = torch.tensor([[1.0, 2.0], [4.0, 0.0]])[None, None]  # 0: not measured
+    guess = torch.tensor([[1.1, 2.0], [6.0, 3.0]])[None, None]
+    assert D.abs_rel(guess, truth).item() == pytest.approx((0.1 + 0 + 0.5) / 3, rel=1e-5)
+    assert D.delta1(guess, truth).item() == pytest.approx(2 / 3)
+    assert D.rmse(guess, truth, truth > 0).item() == pytest.approx(((0.01 + 4) / 3) ** 0.5, rel=1e-5)
+    assert D.ordinal_error(truth, truth).item() == 0 and D.ordinal_error(-truth, truth).item() == 1
+    assert D.ordinal_error(torch.ones_like(truth), truth).item() == 0.5
+    with pytest.raises(ValueError, match="same shape"):
+        D.abs_rel(guess[..., :1], truth)
+
+
+# ------------------------------------------------------------------ real architectures, small and random
+
+def tiny_models():
+    from transformers import (BeitConfig, DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config,
+                              DPTConfig, DPTForDepthEstimation, DPTImageProcessor, ZoeDepthConfig,
+                              ZoeDepthForDepthEstimation, ZoeDepthImageProcessor)
+    vit = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32)
+    neck = dict(neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8, reassemble_factors=[4, 2, 1, 0.5])
+    dpt = DPTConfig(image_size=32, patch_size=8, backbone_out_indices=[0, 1, 2, 3], **vit, **neck)
+    dino = Dinov2Config(image_size=28, patch_size=14, out_indices=[1, 2, 3, 4], apply_layernorm=True,
+                        reshape_hidden_states=False, **vit)
+    anything = dict(backbone_config=dino, reassemble_hidden_size=32, head_hidden_size=8, **neck)
+    beit = BeitConfig(image_size=64, patch_size=16, out_features=["stage1", "stage2", "stage3", "stage4"],
+                      reshape_hidden_states=False, use_relative_position_bias=True, **vit)
+    zoe = ZoeDepthConfig(backbone_config=beit, bottleneck_features=8, bin_embedding_dim=8,
+                         bin_configurations=[{"n_bins": 8, "min_depth": 0.001, "max_depth": 10.0}],
+                         num_relative_features=4, num_attractors=[4, 4, 2, 1], **neck)
+    zoe_processor = ZoeDepthImageProcessor(size={"height": 64, "width": 64}, keep_aspect_ratio=False)
+    dino_processor = DPTImageProcessor(size={"height": 28, "width": 28})
+    return {"dpt": (lambda: DPTForDepthEstimation(dpt), DPTImageProcessor(size={"height": 32, "width": 32}),
+                    D.dpt, "inverse-relative"),
+            "zoedepth": (lambda: ZoeDepthForDepthEstimation(zoe), zoe_processor,
+                         lambda o, size: D.zoedepth(o, zoe_processor, size), "metric"),
+            "anything": (lambda: DepthAnythingForDepthEstimation(DepthAnythingConfig(**anything)),
+                         dino_processor, D.depth_anything, "inverse-relative"),
+            "anything-metric": (lambda: DepthAnythingForDepthEstimation(DepthAnythingConfig(
+                depth_estimation_type="metric", max_depth=20, **anything)),
+                dino_processor, lambda o, size: D.depth_anything(o, size, "metric", 20), "metric")}
+
+
+@pytest.mark.parametrize("name", ("dpt", "zoedepth", "anything", "anything-metric"))
+def test_real_architectures_run_through_their_adapters(name):
+    build, processor, adapter, kind = tiny_models()[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    with torch.no_grad():  # default weights of a net this small give a flat picture (and dead ReLUs)
+        for key, weight in model.named_parameters():
+            if weight.ndim > 1:
+                torch.nn.init.xavier_normal_(weight, gain=1.5)
+            elif "head" in key and key.endswith("bias"):
+                weight.fill_(0.3)
+    image = torch.rand(2, 3, 40, 56, generator=torch.Generator().manual_seed(1))
+    found = D.Estimator(name, model, processor, adapter)(image)
+    assert found.size == (40, 56) and found.values.shape[0] == 2 and found.kind == kind
+    assert found.values.min() <= 0.01 and found.values.max() >= 0.99
+    pixels = processor(images=list(image), do_rescale=False, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        raw = model(pixels).predicted_depth
+    raw = torch.nn.functional.interpolate(raw[:, None], size=(40, 56), mode="bicubic")
+    truth = -raw if kind == "inverse-relative" else raw
+    if name != "zoedepth":  # (zoedepth's raw output still has its padding)
+        assert D.ordinal_error(found.values, truth - truth.min() + 1).max() < 0.1
+    with pytest.raises(ValueError, match="shape"):
+        D.Estimator(name, model, processor, adapter)(image[0])
