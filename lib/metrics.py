@@ -11,11 +11,17 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Judge"]
+from lib.depth import abs_rel, align_scale_shift, delta1, ordinal_error
+from lib.depth import rmse as depth_rmse
+
+__all__ = ["Judge", "JudgeFeatures", "abs_rel", "align_scale_shift", "delta1", "depth_rmse", "feat_dist", "fid",
+           "judge_maps", "kid", "mean_iou", "object_present", "occlusion_order", "ordinal_error", "paired_bootstrap",
+           "psnr", "rmse", "ssim"]
 
 
 # ------------------------------------------------------------------------------------------ the judge
@@ -112,3 +118,200 @@ class Judge(nn.Module):
 
 def _conv(cin, cout):
     return nn.Sequential(nn.Conv2d(cin, cout, 3, padding=1, bias=False), nn.BatchNorm2d(cout), nn.ReLU(True))
+
+
+@torch.no_grad()
+def judge_maps(judge, image, batch=16):
+    """The judge's answer as maps: dict of depth (B, 1, H, W) metres, kind and colour (B, 1, H, W) int64, 0 = room."""
+    parts = [judge(x.to(next(judge.parameters()).device).float()) for x in image.split(batch)]
+    maps = dict(depth=torch.cat([p["depth"] for p in parts]).cpu())
+    for name in ("kind", "colour"):
+        maps[name] = torch.cat([p[name].argmax(1, keepdim=True) for p in parts]).cpu()
+    return maps
+
+
+# ------------------------------------------------------------------------------------------ picture scores
+
+def _check_pair(a, b):
+    if a.shape != b.shape or a.ndim != 4:
+        raise ValueError(f"both pictures must be (B, C, H, W) of one shape; got {tuple(a.shape)} and {tuple(b.shape)}")
+
+
+def rmse(a, b, zone=None):
+    """Root mean square error of each picture, over the pixels of a zone: (B,) in the units of the pictures.
+
+    zone: (B or 1, 1, H, W), weights in [0, 1] (1 = counts), all pixels when None. Within a picture all pixels and
+    channels are pooled *before* the root (the mean of per-pixel roots would be smaller); over scenes, take the mean
+    of these values. NaN where the zone is empty, so that a missing zone is never a perfect score."""
+    _check_pair(a, b)
+    square = (a.float() - b.float()).square().mean(1, keepdim=True)
+    if zone is None:
+        return square.mean((1, 2, 3)).sqrt()
+    if zone.shape[1] != 1 or zone.shape[-2:] != a.shape[-2:]:
+        raise ValueError(f"the zone must be (B, 1, {a.shape[-2]}, {a.shape[-1]}); got {tuple(zone.shape)}")
+    zone = zone.to(square).expand_as(square)
+    return ((square * zone).sum((1, 2, 3)) / zone.sum((1, 2, 3))).sqrt()
+
+
+def psnr(a, b, zone=None):
+    """Peak signal-to-noise ratio of each picture, (B,) in dB, peak 1; within a zone when given (see `rmse`)."""
+    if zone is not None:
+        return -20 * rmse(a, b, zone).log10()
+    _check_pair(a, b)
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+    return peak_signal_noise_ratio(a.float(), b.float(), data_range=1.0, dim=(1, 2, 3), reduction="none")
+
+
+def ssim(a, b):
+    """Structural similarity of each picture, (B,), 1 = equal (Wang et al. 2004; Gaussian window, torchmetrics)."""
+    _check_pair(a, b)
+    from torchmetrics.functional.image import structural_similarity_index_measure
+    return structural_similarity_index_measure(a.float(), b.float(), data_range=1.0, reduction="none").reshape(-1)
+
+
+@torch.no_grad()
+def feat_dist(judge, a, b, zone=None):
+    """Distance of two pictures in the judge's eyes: (B,), 0 = equal, never above 4.
+
+    The LPIPS formula (Zhang et al. 2018, eq. 1) without its learned channel weights and on the judge's features
+    instead of VGG's or AlexNet's: at every layer the feature vectors of a pixel are scaled to length 1, their squared
+    difference is summed over channels and averaged over pixels, and the layers are averaged. It is *not* LPIPS: its
+    values compare only with its own. zone: average over a zone's pixels only (pooled to each layer's size)."""
+    _check_pair(a, b)
+    total = 0.0
+    pairs = list(zip(judge.features(a.float()), judge.features(b.float())))
+    for fa, fb in pairs:
+        fa, fb = (f.float() / f.float().norm(dim=1, keepdim=True).clamp(min=1e-6) for f in (fa, fb))
+        square = (fa - fb).square().sum(1, keepdim=True)
+        if zone is None:
+            total = total + square.mean((1, 2, 3))
+        else:
+            w = F.adaptive_avg_pool2d(zone.float(), square.shape[-2:]).expand_as(square)
+            total = total + (square * w).sum((1, 2, 3)) / w.sum((1, 2, 3))
+    return total / len(pairs)
+
+
+# ------------------------------------------------------------------------------------------ sets of pictures
+
+class JudgeFeatures(nn.Module):
+    """(B, 3, H, W) [0, 1] -> (B, C): the judge's deepest feature map, averaged over the picture.
+
+    The stated feature module of `fid` and `kid` here. Values compare only among results with the same judge; they
+    are not the FID of papers, which uses Inception-v3 trained on ImageNet."""
+
+    def __init__(self, judge):
+        super().__init__()
+        self.judge = judge
+        self.num_features = judge.backbone.feature_info.channels()[-1]
+
+    def forward(self, image):
+        return self.judge.features(image.float())[-1].float().mean((-2, -1))
+
+
+def fid(real, made, features):
+    """Frechet distance of two sets of pictures under a feature module: a float, 0 = same mean and covariance.
+
+    real, made: (N, 3, H, W) in [0, 1]. Biased upwards at small N (it fits a covariance of C x C from N samples): below
+    about ten times as many pictures as features, prefer `kid`. features: a module (B, 3, H, W) -> (B, C)."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    return _set_distance(FrechetInceptionDistance(feature=features, normalize=True), real, made)
+
+
+def kid(real, made, features, subset=None, seed=0):
+    """Kernel distance of two sets of pictures (polynomial MMD^2, unbiased): (mean, standard deviation over subsets).
+
+    subset: pictures drawn for each of 50 subsets (default: half of the smaller set)."""
+    from torchmetrics.image.kid import KernelInceptionDistance
+    subset = subset or max(2, min(len(real), len(made)) // 2)
+    if subset > min(len(real), len(made)):
+        raise ValueError(f"subsets of {subset} need at least as many pictures on both sides; lower subset")
+    metric = KernelInceptionDistance(feature=features, subsets=50, subset_size=subset, normalize=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # torchmetrics draws the subsets from the global generator
+        mean, spread = _set_distance(metric, real, made, number=False)
+    return float(mean), float(spread)
+
+
+@torch.no_grad()
+def _set_distance(metric, real, made, number=True, batch=32):
+    if min(len(real), len(made)) < 2:
+        raise ValueError("a distance of two sets needs at least 2 pictures in each")
+    for pictures, is_real in ((real, True), (made, False)):
+        for some in pictures.split(batch):
+            metric.update(some.float(), real=is_real)
+    value = metric.compute()
+    return float(value) if number else value
+
+
+# ------------------------------------------------------------------------------------------ what is in the picture
+
+def confusion(predicted, target, classes):
+    """(classes, classes) int64 counts: rows = truth, columns = prediction. Add those of many batches."""
+    index = target.reshape(-1).long() * classes + predicted.reshape(-1).long()
+    return torch.bincount(index, minlength=classes * classes).view(classes, classes)
+
+
+def mean_iou(counts):
+    """Mean over the classes that occur in the truth of intersection / union, from `confusion` counts of *all*
+    pictures together: a float in [0, 1]. Background counts as one class."""
+    hit = counts.diag().double()
+    union = counts.sum(0) + counts.sum(1) - counts.diag()
+    present = counts.sum(1) > 0
+    if not present.any():
+        raise ValueError("mean IoU of nothing: the truth holds no pixel")
+    return float((hit[present] / union[present]).mean())
+
+
+def components(kind_map, colour_map, kind, colour, pixels=30):
+    """How many connected regions (4 neighbours) of at least `pixels` pixels have this kind and colour (1-based ids,
+    as in a Render). Maps: (H, W), or with leading dimensions of size 1."""
+    from scipy import ndimage
+    mine = (kind_map == kind) & (colour_map == colour)
+    labelled, n = ndimage.label(mine.reshape(mine.shape[-2:]).cpu().numpy())
+    return int((np.bincount(labelled.ravel())[1:] >= pixels).sum()) if n else 0
+
+
+def object_present(kind_map, colour_map, kind, colour, pixels=30):
+    """True if the judge sees the object: at least 30 connected pixels of the right kind and colour (DESIGN 4)."""
+    return components(kind_map, colour_map, kind, colour, pixels) > 0
+
+
+def occlusion_order(maps, visible, hidden, kind, front_kind, least=20):
+    """Does the judge see the object pass behind the thing in front? 1.0 = yes, 0.0 = no, NaN = cannot be said.
+
+    maps: of one picture (`judge_maps`); visible, hidden (1, 1, H, W): the object's pixels that must show, and those
+    that the thing in front must cover, from the truth; kind, front_kind: 1-based kinds. Right means all of
+    (a) where it must show, at least half of the pixels are judged to be of its kind;
+    (b) where it must be hidden, less than half are (left out if both things are of one kind);
+    (c) the median judged depth of the visible pixels is larger than that of the hidden ones.
+    NaN if either region has fewer than `least` pixels."""
+    visible, hidden = visible.bool(), hidden.bool()
+    if visible.sum() < least or hidden.sum() < least:
+        return float("nan")
+    shows = (maps["kind"][visible] == kind).float().mean() >= 0.5
+    covered = kind == front_kind or (maps["kind"][hidden] == kind).float().mean() < 0.5
+    deeper = maps["depth"][visible].median() > maps["depth"][hidden].median()
+    return float(bool(shows) and bool(covered) and bool(deeper))
+
+
+# ------------------------------------------------------------------------------------------ intervals
+
+def paired_bootstrap(a, b, level=0.95, resamples=9999, seed=0):
+    """Interval of mean(a - b) when whole scenes are drawn again: dict(diff, low, high, n, excludes_zero).
+
+    a, b: scores of two methods on the *same* scenes, in the same order; scenes where either is NaN are left out.
+    Percentile bootstrap by scipy.stats.bootstrap(paired=True). With fewer than 2 scenes the bounds are NaN."""
+    from scipy import stats
+    a, b = (np.asarray(x, dtype=float).ravel() for x in (a, b))
+    if a.shape != b.shape:
+        raise ValueError(f"paired scores must be of the same scenes; got {len(a)} and {len(b)} values")
+    keep = np.isfinite(a) & np.isfinite(b)
+    a, b = a[keep], b[keep]
+    diff = float(np.mean(a - b)) if len(a) else float("nan")
+    low = high = diff if len(a) > 1 else float("nan")
+    if len(a) > 1 and np.ptp(a - b) > 0:
+        drawn = stats.bootstrap((a, b), lambda x, y, axis=-1: np.mean(x - y, axis=axis), paired=True, vectorized=True,
+                                n_resamples=resamples, confidence_level=level, method="percentile",
+                                random_state=np.random.default_rng(seed))
+        low, high = map(float, drawn.confidence_interval)
+    return dict(diff=diff, low=low, high=high, n=len(a), excludes_zero=bool(low > 0 or high < 0))
