@@ -256,8 +256,7 @@ def _strokes(h, w, rng, low, high):
         for _ in range(rng.integers(2, 8)):
             angle += rng.uniform(-1.2, 1.2)
             length = side * rng.uniform(0.08, 0.3)
-            nx = float(np.clip(x + length * math.cos(angle), 0, w - 1))
-            ny = float(np.clip(y + length * math.sin(angle), 0, h - 1))
+            nx, ny = x + length * math.cos(angle), y + length * math.sin(angle)
             cv2.line(trial_mask, (int(x), int(y)), (int(nx), int(ny)), 1, width)
             cv2.circle(trial_mask, (int(nx), int(ny)), width // 2, 1, -1)
             x, y = nx, ny
