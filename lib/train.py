@@ -118,16 +118,16 @@ def textures(n: int, size: int, g: torch.Generator) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------- architectures
-def make_vae(channels=(32, 64, 96, 128)):
+def make_vae(channels=(24, 48, 80, 112)):
     """f = 8, 4 latent channels, SD's class. No attention: it runs on any size alike."""
     from diffusers import AutoencoderKL
     n = len(channels)
     return AutoencoderKL(in_channels=3, out_channels=3, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * n,
                          up_block_types=("UpDecoderBlock2D",) * n, block_out_channels=tuple(channels), layers_per_block=1,
-                         norm_num_groups=16, sample_size=scenes.SIZE, mid_block_add_attention=False)
+                         norm_num_groups=8, sample_size=scenes.SIZE, mid_block_add_attention=False)
 
 
-def make_unet(in_channels: int = 4, channels=(96, 160, 224), text: int = 128):
+def make_unet(in_channels: int = 4, channels=(64, 96, 128), text: int = 128):
     """SD's U-Net with three levels, self- and cross-attention at each (latent fractions 1, 1/2, 1/4)."""
     from diffusers import UNet2DConditionModel
     return UNet2DConditionModel(sample_size=scenes.SIZE // 8, in_channels=in_channels, out_channels=4,
@@ -196,3 +196,503 @@ def tiny_pipeline(inpaint: bool = False, seed: int = 0):
     for m in (pipe.vae, pipe.unet, pipe.text_encoder):
         m.requires_grad_(False).eval()
     return pipe
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+class Run:
+    """One resumable training run: optimiser, EMA, learning rate by the share of the budget used, CSV log."""
+
+    def __init__(self, name: str, models: dict[str, torch.nn.Module], lr: float, minutes: float, steps: int, device="cpu",
+                 trainable=None, ema_decay: float = .999):
+        from diffusers.training_utils import EMAModel
+        self.name, self.models, self.device, self.lr = name, models, torch.device(device), lr
+        self.minutes, self.steps, self.step, self.before = minutes, steps, 0, 0.
+        self.folder = CACHE / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for m in models.values():
+            m.to(self.device).train()
+        self.params = list(trainable) if trainable is not None else [p for m in models.values() for p in m.parameters()]
+        self.optimiser = torch.optim.AdamW(self.params, lr=lr, betas=(.9, .99), weight_decay=.01)
+        self.ema = EMAModel(self.params, decay=ema_decay, use_ema_warmup=True, power=.75)
+        self._resume()
+        self.start = self.saved = time.time()
+
+    def _resume(self) -> None:
+        path = self.folder / "last.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        for key, model in self.models.items():
+            model.load_state_dict(state["models"][key])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.ema.load_state_dict(state["ema"])
+        self.step, self.before = state["step"], state["seconds"]
+        print(f"{self.name}: resumed at step {self.step} after {self.before / 60:.1f} minutes")
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.time() - self.start
+
+    def progress(self) -> float:
+        """Share of this call's budget that is used, 0 to 1."""
+        by_time = (time.time() - self.start) / (60 * self.minutes) if self.minutes else 0.
+        return min(1., max(by_time, self.step / self.steps if self.steps else 0.))
+
+    def __iter__(self):
+        """Yield the progress until the budget is spent; saves every two minutes and at the end."""
+        bar = tqdm(desc=self.name, total=100, mininterval=10, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}")
+        while (p := self.progress()) < 1:
+            rate = self.lr * min(1., (self.step + 1) / 200) * (1. if p < .55 else max(.02, (1 - p) / .45))
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate
+            yield p
+            self.step += 1
+            bar.n = round(100 * p)
+            bar.set_postfix_str(f"step {self.step}")
+            if time.time() - self.saved > 120:
+                self.save()
+        self.save()
+        bar.close()
+
+    def update(self, loss: torch.Tensor, **log) -> None:
+        """One optimiser step. A loss that is not finite is skipped and counted in the log, never applied."""
+        self.optimiser.zero_grad(set_to_none=True)
+        if torch.isfinite(loss):
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.params, 1.)
+            self.optimiser.step()
+            self.ema.step(self.params)
+        if self.step % 50 == 0:
+            self._log({k: torch.as_tensor(v).detach() for k, v in {"loss": loss, **log}.items()})
+
+    def _log(self, row: dict) -> None:
+        path = self.folder / "log.csv"
+        new = not path.exists()
+        with open(path, "a", newline="") as f:
+            w = csv.writer(f)
+            if new:
+                w.writerow(["step", "seconds", "lr", *row])
+            w.writerow([self.step, round(self.seconds, 1), f"{self.optimiser.param_groups[0]['lr']:.2e}",
+                        *(f"{float(v):.5f}" for v in row.values())])
+
+    def save(self) -> None:
+        state = {"models": {k: m.state_dict() for k, m in self.models.items()}, "optimiser": self.optimiser.state_dict(),
+                 "ema": self.ema.state_dict(), "step": self.step, "seconds": self.seconds}
+        tmp = self.folder / "last.tmp"
+        torch.save(state, tmp)
+        os.replace(tmp, self.folder / "last.pt")
+        self.saved = time.time()
+
+
+def _autocast(device):
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
+
+
+def averaged(name: str, **models: torch.nn.Module) -> tuple[dict, dict]:
+    """Load a run's EMA weights into fresh models. Returns them (eval, frozen) and {step, seconds}.
+
+    With several models, pass all that were trained together, in the order of the run."""
+    from diffusers.training_utils import EMAModel
+    path = CACHE / name / "last.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint of {name!r}: run `python -m lib.train {name}` first")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for key, model in models.items():
+        model.load_state_dict(state["models"][key])
+    params = [p for m in models.values() for p in m.parameters() if p.requires_grad]
+    ema = EMAModel(params)
+    ema.load_state_dict(state["ema"])
+    ema.copy_to(params)
+    for m in models.values():
+        m.requires_grad_(False).eval()
+    return models, {"step": state["step"], "seconds": round(state["seconds"])}
+
+
+# ---------------------------------------------------------------------------------------------- recipes
+def _crops(rgb, ids, size, g):
+    """One crop of each picture; three in four are centred near a pixel of an object."""
+    n, _, h, w = rgb.shape
+    out, objects = [], []
+    for k in range(n):
+        y, x = torch.randint(0, h - size + 1, (2,), generator=g).tolist()
+        hits = torch.nonzero(ids[k, 0] >= 0)
+        if len(hits) and torch.rand(1, generator=g) < .75:
+            c = hits[torch.randint(len(hits), (1,), generator=g)][0]
+            y, x = (int(min(max(int(v) - size // 2 + int(torch.randint(-12, 13, (1,), generator=g)), 0), h - size)) for v in c)
+        out.append(rgb[k, :, y:y + size, x:x + size])
+        objects.append(ids[k, :, y:y + size, x:x + size] >= 0)
+    return torch.stack(out), torch.stack(objects)
+
+
+def _gradients(x):
+    return x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+def _vae_loss(target, output, objects):
+    """L1 weighted by edges and objects, plus L1 of the picture's gradients; pictures in [-1, 1]."""
+    gx, gy = _gradients(target)
+    edge = F.pad(gx.abs().mean(1, keepdim=True), (0, 1)) + F.pad(gy.abs().mean(1, keepdim=True), (0, 0, 0, 1))
+    weight = 1 + 6 * edge.clamp(max=1) + 1.5 * objects
+    error = ((output - target).abs() * weight).mean()
+    ox, oy = _gradients(output)
+    return error + .7 * ((ox - gx).abs().mean() + (oy - gy).abs().mean())
+
+
+def _vae_batch(data: Corpus, p: float, batch: int, extra: torch.Tensor):
+    g = data.generator
+    full = p > .8
+    n = max(1, batch // 4) if full else batch
+    _, (rgb, ids) = data.draw(n, "rgb", "ids")
+    objects = ids >= 0
+    if not full:
+        rgb, objects = _crops(rgb, ids, 64, g)
+    x = rgb.float() / 255
+    if torch.rand(1, generator=g) < .1:                                   # a few pictures that are no rooms
+        k = torch.randint(len(extra), (n,), generator=g)
+        x, objects = extra[k][..., :x.shape[-2], :x.shape[-1]], torch.zeros_like(objects)
+    if torch.rand(1, generator=g) < .5:
+        x, objects = x.flip(-1), objects.flip(-1)
+    return x * 2 - 1, objects.float()
+
+
+def train_vae(minutes: float, steps: int, device="cpu", batch: int = 16, decoder_only: bool = False) -> None:
+    """The autoencoder; with decoder_only the encoder is frozen (latents stay valid) and the decoder goes on alone."""
+    torch.manual_seed(1 + decoder_only)
+    vae = make_vae()
+    name = "decoder" if decoder_only else "vae"
+    if decoder_only:
+        averaged("vae", vae=vae)
+        vae.decoder.requires_grad_(True)
+        vae.post_quant_conv.requires_grad_(True)
+    run = Run(name, {"vae": vae}, 6e-4, minutes, steps, device, [p for p in vae.parameters() if p.requires_grad])
+    data = Corpus(seed=run.step)
+    extra = textures(192, scenes.SIZE, torch.Generator().manual_seed(5))
+    for p in run:
+        if run.step % 400 == 0:
+            data.refresh()
+        x, objects = _vae_batch(data, p, batch, extra)
+        x, objects = x.to(device), objects.to(device)
+        with _autocast(device):
+            with torch.set_grad_enabled(not decoder_only):
+                posterior = vae.encode(x).latent_dist
+            z = posterior.mode() if decoder_only and run.step % 2 else posterior.sample()
+            y = vae.decode(z.to(x.dtype)).sample
+        kl = posterior.kl().float().mean() / z[0].numel()
+        loss = _vae_loss(x, y.float(), objects)
+        mse = F.mse_loss(y.detach().float(), x) / 4
+        run.update(loss + 2e-4 * kl, psnr=-10 * mse.log10(), kl=kl, std=z.std())
+
+
+def _photometric(x, g):
+    """Brightness, gamma, channel gains, noise, blur: a photograph is never as clean as a render."""
+    n = len(x)
+    x = x.clamp(1e-4, 1) ** (.7 + .7 * torch.rand(n, 1, 1, 1, generator=g))
+    x = x * (.75 + .4 * torch.rand(n, 1, 1, 1, generator=g)) * (.92 + .16 * torch.rand(n, 3, 1, 1, generator=g))
+    if torch.rand(1, generator=g) < .3:
+        x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    return (x + .03 * torch.rand(n, 1, 1, 1, generator=g) * torch.randn(x.shape, generator=g)).clamp(0, 1)
+
+
+def _labelled(data: Corpus, batch: int, augment: float):
+    g = data.generator
+    _, (rgb, mm, kind, colour) = data.draw(batch, "rgb", "mm", "kind", "colour")
+    x, z = rgb.float() / 255, mm.float() / 1000
+    if torch.rand(1, generator=g) < augment:
+        x = _photometric(x, g)
+    if torch.rand(1, generator=g) < .5:
+        x, z, kind, colour = x.flip(-1), z.flip(-1), kind.flip(-1), colour.flip(-1)
+    return x, z, kind.long(), colour.long()
+
+
+INVERSE_SCALE = 10.   # the depth model predicts INVERSE_SCALE / metres
+
+
+def train_depth(minutes: float, steps: int, device="cpu", batch: int = 12) -> None:
+    torch.manual_seed(2)
+    model = make_depth()
+    run = Run("depth", {"depth": model}, 6e-4, minutes, steps, device)
+    data = Corpus(seed=100 + run.step)
+    for _ in run:
+        if run.step % 200 == 0:
+            data.refresh()
+        x, z, _, _ = (t.to(device) for t in _labelled(data, batch, .6))
+        with _autocast(device):
+            out = model(x * 2 - 1).predicted_depth.float()[:, None]
+        log = out.clamp(min=.05).log() - (INVERSE_SCALE / z).log()
+        dead = F.relu(.2 - out).mean()                                    # keeps the last ReLU alive
+        gx, gy = _gradients(log)
+        absrel = ((out.clamp(min=.05) * z / INVERSE_SCALE) ** -1 - 1).abs().mean()
+        run.update(log.abs().mean() + .5 * (gx.abs().mean() + gy.abs().mean()) + dead, absrel=absrel)
+
+
+def train_judge(minutes: float, steps: int, device="cpu", batch: int = 16) -> None:
+    from .metrics import Judge
+    torch.manual_seed(3)
+    model = Judge()
+    run = Run("judge", {"judge": model}, 2e-3, minutes, steps, device)
+    data = Corpus(wild=False, seed=200 + run.step)
+    for _ in run:
+        if run.step % 200 == 0:
+            data.refresh()
+        x, z, kind, colour = (t.to(device) for t in _labelled(data, batch, .3))
+        with _autocast(device):
+            out = model(x)
+        inside = 1 + 2 * (kind[:, 0] > 0).float()
+        loss = sum((F.cross_entropy(out[k].float(), t[:, 0], reduction="none") * inside).mean()
+                   for k, t in (("kind", kind), ("colour", colour)))
+        depth = (out["depth"].log() - z.log()).abs().mean()
+        hit = (out["kind"].argmax(1) == kind[:, 0])[kind[:, 0] > 0].float().mean()
+        run.update(loss + depth, kind_accuracy=hit, depth=depth)
+
+
+# ---------------------------------------------------------------------------------------------- diffusion recipes
+_MIRROR = {"left": "right", "right": "left"}
+
+
+def mirrored(text: str) -> str:
+    """The caption of the picture seen in a mirror."""
+    return " ".join(_MIRROR.get(w, w) for w in text.split())
+
+
+class Latents:
+    """The corpus (rooms in true colours) as scaled latents, each picture also mirrored; encoded once, then cached."""
+
+    def __init__(self, vae, device="cpu"):
+        self.vae, self.device = vae, device
+        self.data = Corpus(wild=False)
+        self.z: list[torch.Tensor] = [torch.empty(0, 4, 16, 16), torch.empty(0, 4, 16, 16)]
+        self.scale = 1.
+        self.refresh()
+
+    def refresh(self) -> None:
+        self.data.refresh()
+        new = range(len(self.z[0]), len(self.data))
+        if not len(new):
+            return
+        made = [[], []]
+        for i in range(0, len(new), 64):
+            (rgb,) = self.data.take(torch.tensor(new[i:i + 64]), "rgb")
+            for k, x in enumerate((rgb, rgb.flip(-1))):
+                with torch.no_grad(), _autocast(self.device):
+                    z = self.vae.encode((x.float() / 127.5 - 1).to(self.device)).latent_dist.mode()
+                made[k].append(z.float().cpu())
+        self.z = [torch.cat([old, *m]) for old, m in zip(self.z, made)]
+
+    def draw(self, n: int, g: torch.Generator):
+        """Scaled latents (n,4,16,16), captions, indices, and whether each is mirrored."""
+        index = torch.randint(len(self.z[0]), (n,), generator=g)
+        flip = torch.rand(n, generator=g) < .5
+        z = torch.stack([self.z[int(f)][i] for i, f in zip(index.tolist(), flip.tolist())])
+        words = [mirrored(self.data.captions[i]) if f else self.data.captions[i] for i, f in zip(index.tolist(), flip.tolist())]
+        return (z * self.vae.config.scaling_factor).to(self.device), words, index, flip
+
+
+def frozen_vae(decoder: bool = True):
+    """The trained VAE with its scaling factor (1 / standard deviation of training latents) in the config.
+
+    Takes the decoder of the later `decoder` run when there is one."""
+    vae = make_vae()
+    averaged("vae", vae=vae)
+    if decoder and (CACHE / "decoder" / "last.pt").exists():
+        vae.requires_grad_(True)
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+        averaged("decoder", vae=vae)
+    with torch.no_grad():
+        (rgb,) = Corpus(wild=False).take(torch.arange(0, 512, 2), "rgb")
+        z = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mode() for x in rgb.split(32)])
+    vae.register_to_config(scaling_factor=round(1 / float(z.std()), 5))
+    return vae
+
+
+def _words(tokenizer, text, prompts, device):
+    ids = tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+    return text(ids.to(device))[0]
+
+
+def _snr_weight(scheduler, t, gamma: float = 5.):
+    """Min-SNR weighting for noise prediction (Hang et al. 2023)."""
+    a = scheduler.alphas_cumprod.to(t.device)[t]
+    snr = a / (1 - a)
+    return snr.clamp(max=gamma) / snr
+
+
+def train_unet(minutes: float, steps: int, device="cpu", batch: int = 32) -> None:
+    """Text to image in latents: noise prediction, the text encoder trained along, captions dropped 10 % for CFG."""
+    torch.manual_seed(4)
+    tokenizer = make_tokenizer()
+    text, unet, scheduler = make_text(tokenizer), make_unet(), make_scheduler()
+    run = Run("unet", {"unet": unet, "text": text}, 8e-4, minutes, steps, device, ema_decay=.9995)
+    latents = Latents(frozen_vae().to(device), device)
+    g = torch.Generator().manual_seed(300 + run.step)
+    for _ in run:
+        if run.step % 500 == 0:
+            latents.refresh()
+        z, words, *_ = latents.draw(batch, g)
+        words = ["" if torch.rand(1, generator=g) < .1 else w for w in words]
+        noise = torch.randn(z.shape, generator=g).to(device)
+        t = torch.randint(0, 1000, (batch,), generator=g).to(device)
+        with _autocast(device):
+            out = unet(scheduler.add_noise(z, noise, t), t, _words(tokenizer, text, words, device)).sample.float()
+        each = ((out - noise) ** 2).mean((1, 2, 3))
+        run.update((each * _snr_weight(scheduler, t)).mean(), mse=each.mean())
+
+
+def widen(unet, extra: int = 5):
+    """A 9-channel copy of a 4-channel U-Net: the new input weights start at zero, so it starts as the old one."""
+    wide = make_unet(4 + extra)
+    state = unet.state_dict()
+    w = state["conv_in.weight"]
+    state["conv_in.weight"] = torch.cat([w, w.new_zeros(w.shape[0], extra, *w.shape[2:])], 1)
+    wide.load_state_dict(state)
+    return wide
+
+
+def _holes(latents: Latents, index, flip, words, g):
+    """Masks, masked pictures' latents, and captions for holes: a hole that touches no object may be told 'empty'."""
+    from . import masks
+    rgb, ids = latents.data.take(index, "rgb", "ids")
+    rgb = torch.where(flip[:, None, None, None], rgb.flip(-1), rgb)
+    ids = torch.where(flip[:, None, None, None], ids.flip(-1), ids)
+    hole = masks.random_fill_masks(len(index), scenes.SIZE, g, ids=ids)
+    touched = ((ids >= 0) & (hole > .5)).flatten(1).any(1)
+    words = [("" if u < .15 else w) if t or u > .6 else "an empty room " + " ".join(w.split()[-4:])
+             for w, t, u in zip(words, touched.tolist(), torch.rand(len(words), generator=g).tolist())]
+    x = (rgb.float() / 127.5 - 1) * (hole < .5)
+    with torch.no_grad(), _autocast(latents.device):
+        seen = latents.vae.encode(x.to(latents.device)).latent_dist.mode().float() * latents.vae.config.scaling_factor
+    small = F.interpolate(hole, size=(scenes.SIZE // 8,) * 2)             # nearest, as the pipeline does
+    return small.to(latents.device), seen, words
+
+
+def train_inpaint(minutes: float, steps: int, device="cpu", batch: int = 32) -> None:
+    """The 9-channel U-Net, from the text-to-image weights; text encoder frozen; all mask kinds."""
+    torch.manual_seed(5)
+    tokenizer = make_tokenizer()
+    parts, _ = averaged("unet", unet=make_unet(), text=make_text(tokenizer))
+    unet, text, scheduler = widen(parts["unet"]), parts["text"].to(device), make_scheduler()
+    run = Run("inpaint", {"unet": unet}, 6e-4, minutes, steps, device, ema_decay=.9995)
+    latents = Latents(frozen_vae().to(device), device)
+    g = torch.Generator().manual_seed(400 + run.step)
+    for _ in run:
+        z, words, index, flip = latents.draw(batch, g)
+        hole, seen, words = _holes(latents, index, flip, words, g)
+        noise = torch.randn(z.shape, generator=g).to(device)
+        t = torch.randint(0, 1000, (batch,), generator=g).to(device)
+        x = torch.cat([scheduler.add_noise(z, noise, t), hole, seen], 1)
+        with _autocast(device):
+            out = unet(x, t, _words(tokenizer, text, words, device)).sample.float()
+        each = ((out - noise) ** 2).mean((1, 2, 3))
+        run.update((each * _snr_weight(scheduler, t)).mean(), mse=each.mean())
+
+
+# ---------------------------------------------------------------------------------------------- export
+def _replace_folder(new: Path, folder: Path) -> None:
+    if folder.exists():
+        keep = folder / "card.json"
+        if keep.exists() and not (new / "card.json").exists():
+            shutil.copy(keep, new / "card.json")
+        shutil.rmtree(folder)
+    os.replace(new, folder)
+
+
+def _copy_log(name: str, folder: Path) -> None:
+    path = CACHE / name / "log.csv"
+    if path.exists():
+        shutil.copy(path, folder / f"log_{name}.csv")
+
+
+def _card(folder: Path, runs: dict, **more) -> None:
+    """card.json: what was trained, for how long and on what; measured quality is added by `lib.benchmark models`."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    card = {"runs": runs, "hardware": gpu or f"CPU, {os.cpu_count()} cores, bf16 autocast", "corpus_seeds": "train split",
+            "recipe": "python -m lib.train", "licence": "MIT", **more}
+    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+def _half_but_text(pipe):
+    pipe.vae.half()
+    pipe.unet.half()
+    return pipe
+
+
+def export(root: Path, names=("mini", "mini-inpaint", "mini-depth", "judge")) -> None:
+    """Write the shipped folders from the newest checkpoints. U-Net and VAE in fp16 files, the text encoder in fp32."""
+    root.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        tmp = root / f".{name}.tmp"
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir()
+        _EXPORT[name](tmp)
+        _replace_folder(tmp, root / name)
+        print(f"wrote {root / name}")
+
+
+def _export_pipeline(folder: Path, inpaint: bool) -> None:
+    tokenizer = make_tokenizer()
+    parts, info = averaged("unet", unet=make_unet(), text=make_text(tokenizer))
+    runs = {"unet": info}
+    if inpaint:
+        parts["unet"] = make_unet(9)
+        _, runs["inpaint"] = averaged("inpaint", unet=parts["unet"])
+    vae = frozen_vae()
+    for name in ("vae", "decoder"):
+        if (CACHE / name / "last.pt").exists():
+            state = torch.load(CACHE / name / "last.pt", map_location="cpu", weights_only=True)
+            runs[name] = {"step": state["step"], "seconds": round(state["seconds"])}
+    pipe = _half_but_text(_pipeline(vae, parts["text"], tokenizer, parts["unet"], inpaint))
+    pipe.save_pretrained(folder, safe_serialization=True)
+    for name in runs:
+        _copy_log(name, folder)
+    _card(folder, runs, parameters={k: sum(p.numel() for p in getattr(pipe, k).parameters()) for k in ("vae", "unet", "text_encoder")})
+
+
+def _export_depth(folder: Path) -> None:
+    model = make_depth()
+    _, info = averaged("depth", depth=model)
+    model.half().save_pretrained(folder, safe_serialization=True)
+    _copy_log("depth", folder)
+    _card(folder, {"depth": info}, inverse_scale=INVERSE_SCALE, convention="inverse depth, near = high; metres = inverse_scale / prediction",
+          parameters=sum(p.numel() for p in model.parameters()))
+
+
+def _export_judge(folder: Path) -> None:
+    from .metrics import Judge
+    model = Judge()
+    _, info = averaged("judge", judge=model)
+    model.save(folder)
+    _copy_log("judge", folder)
+    _card(folder, {"judge": info}, parameters=sum(p.numel() for p in model.parameters()))
+
+
+_EXPORT = {"mini": lambda f: _export_pipeline(f, False), "mini-inpaint": lambda f: _export_pipeline(f, True),
+           "mini-depth": _export_depth, "judge": _export_judge}
+RECIPES = {"vae": train_vae, "depth": train_depth, "judge": train_judge, "unet": train_unet,
+           "decoder": lambda *a, **k: train_vae(*a, decoder_only=True, **k), "inpaint": train_inpaint}
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m lib.train", description=__doc__.split("\n")[0])
+    parser.add_argument("what", nargs="+", choices=["corpus", "export", "all", *RECIPES])
+    parser.add_argument("--minutes", type=float, default=0, help="stop each recipe after so many minutes of this call")
+    parser.add_argument("--steps", type=int, default=0, help="stop each recipe at this step")
+    parser.add_argument("--scenes", type=int, default=12000, help="size of the corpus")
+    parser.add_argument("--batch", type=int, default=0, help="batch size (default: the recipe's, made for a CPU)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "data" / "models")
+    parser.add_argument("--only", nargs="*", default=list(_EXPORT), choices=list(_EXPORT), help="models to export")
+    args = parser.parse_args(argv)
+    jobs = ["corpus", *RECIPES, "export"] if "all" in args.what else args.what
+    if any(j in RECIPES for j in jobs) and not (args.minutes or args.steps):
+        parser.error("say how long: --minutes M or --steps N for each recipe")
+    for job in jobs:
+        if job == "corpus":
+            corpus(args.scenes, args.device)
+        elif job == "export":
+            export(args.out, args.only)
+        else:
+            RECIPES[job](args.minutes, args.steps, args.device, **({"batch": args.batch} if args.batch else {}))
+
+
+if __name__ == "__main__":
+    main()
