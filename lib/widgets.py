@@ -1,0 +1,100 @@
+"""Interactive parts of the lessons. Each is a plain function of its settings plus a thin ipywidgets shell.
+
+The plain function is what the tests call and what draws the static strip in figures/, so that a lesson reads without
+a kernel. The shell uses only what ipywidgets 7.7 and 8 share; an error in it reaches the notebook (no Output widget).
+"""
+import io
+from pathlib import Path
+
+import torch
+
+from lib import show
+
+CUT = torch.tensor([0.0, 0.9, 1.0]).view(1, 3, 1, 1)      # colour of the cut line on the depth map
+
+
+# ---------------------------------------------------------------- lesson 00: the depth threshold
+
+def _values(depth):
+    return depth if isinstance(depth, torch.Tensor) else depth.values
+
+
+def _check_pair(image, depth, at):
+    if image.ndim != 4 or image.shape[:2] != (1, 3) or _values(depth).shape != (1, 1, *image.shape[-2:]):
+        raise ValueError(f"Give one picture (1, 3, H, W) and its depth (1, 1, H, W); these are {tuple(image.shape)} "
+                         f"and {tuple(_values(depth).shape)}.")
+    if not 0 <= at <= 1:
+        raise ValueError(f"The threshold is a depth between 0 (near) and 1 (far), not {at}.")
+
+
+def threshold_layers(image, depth, at):
+    """Cut one picture at depth `at`: (foreground RGBA, background RGBA, fg_mask), each (1, C, H, W). Empty is allowed."""
+    _check_pair(image, depth, at)
+    mask = (_values(depth) < at).float()
+    return torch.cat([image, mask], 1), torch.cat([image, 1 - mask], 1), mask
+
+
+def threshold_text(depth, at):
+    """The line under the pictures: how many pixels are foreground, and, for a metric DepthMap, the cut in metres."""
+    mask = _values(depth) < at
+    metres = ""
+    if getattr(depth, "kind", "") == "metric":
+        metres = f" = {float(depth.near + at * (depth.far - depth.near)):.2f} m"
+    return f"d = {at:.2f}{metres}: {int(mask.sum()):,} of {mask.numel():,} pixels are foreground ({mask.float().mean():.0%})"
+
+
+def threshold_view(image, depth, at):
+    """Four pictures of one cut: image, depth with the cut line, foreground layer, background with its hole.
+
+    image (1, 3, H, W) in [0, 1]; depth (1, 1, H, W) in [0, 1] or a DepthMap; at in [0, 1]. Returns a PIL picture.
+    Raises ValueError for other shapes or a threshold outside [0, 1].
+    """
+    foreground, background, mask = threshold_layers(image, depth, at)
+    edge = torch.nn.functional.max_pool2d(mask, 3, 1, 1) - mask
+    line = show.colour_depth(depth) * (1 - edge) + CUT * edge
+    labels = ["image", "depth (bright = near)\nand the cut at d", f"foreground layer\ndepth < {at:.2f}",
+              f"background layer\ndepth >= {at:.2f}"]
+    return show.tile([image, line, foreground, background], labels, columns=4)
+
+
+def _png(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def depth_threshold(image, depth, at=0.5):
+    """A slider for d beside the two layers that it makes: the VBox of slider, line of text and picture.
+
+    Works in JupyterLab, Notebook, VS Code, Colab and Kaggle. The parts are the box's children, in that order.
+    """
+    import ipywidgets
+
+    _check_pair(image, depth, at)
+    slider = ipywidgets.FloatSlider(value=at, min=0.0, max=1.0, step=0.01, description="d (depth)",
+                                    readout_format=".2f", continuous_update=True,
+                                    layout=ipywidgets.Layout(width="480px"))
+    text = ipywidgets.HTML()
+    picture = ipywidgets.Image(format="png")
+    picture.add_class("depth-threshold")
+
+    def draw(d):
+        picture.value = _png(threshold_view(image, depth, d))
+        text.value = threshold_text(depth, d)
+
+    slider.observe(lambda change: draw(change["new"]), names="value")
+    draw(at)
+    return ipywidgets.VBox([slider, text, picture])
+
+
+# ---------------------------------------------------------------- lesson 00: its stored pictures
+
+def threshold_strip(image, depth, ats=(0.25, 0.40, 0.60)):
+    """The widget without a kernel: one row of layers for each threshold. Returns (pictures, labels) for show.sheet."""
+    images, labels = [], []
+    for at in ats:
+        foreground, background, mask = threshold_layers(image, depth, at)
+        edge = torch.nn.functional.max_pool2d(mask, 3, 1, 1) - mask
+        images += [show.colour_depth(depth) * (1 - edge) + CUT * edge, foreground, background]
+        labels += [f"cut at d = {at:.2f}", f"foreground ({mask.mean():.0%})", "background with its hole"]
+    return images, labels
