@@ -335,11 +335,11 @@ def _installed_pins(only: tuple[str, ...] = ()) -> list[str]:
 
 
 def floors() -> list[str]:
-    """`name==floor` of every requirement: the oldest set that must work (`make test-floor`)."""
+    """`name==floor.*` of every requirement: the oldest series that must work (`make test-floor`)."""
     lows = []
     for need in requirements():
         low = [s.version for s in need.specifier if s.operator == ">="]
-        lows += [f"{need.name}=={low[0]}"] if low else []
+        lows += [f"{need.name}=={low[0]}.*"] if low else []
     return lows
 
 
