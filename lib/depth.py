@@ -152,7 +152,7 @@ def from_metric(metres, near=None, far=None, valid=None, trim=0.0, source="metre
     z = _as_4d(metres)
     ok = torch.isfinite(z) & (z > 0)
     ok = ok if valid is None else ok & (_as_4d(valid) > 0.5)
-    low, high = _ranges(z, ok, (trim, 100 - trim))
+    low, high = (near, far) if near is not None and far is not None else _ranges(z, ok, (trim, 100 - trim))
     near, far = _constant(low if near is None else near), _constant(high if far is None else far)
     return _finish((z - near) / (far - near), ok, "metric", near, far, source)
 
