@@ -15,8 +15,8 @@ from lib.masks import check_fill_mask
 
 
 def composite(image, filled, fill_mask):
-    """filled where fill_mask is 1, image where it is 0 (bit for bit), a blend between."""
-    return torch.where(fill_mask > 0, image + (filled - image) * fill_mask, image)
+    """filled where fill_mask is 1, image where it is 0 (both bit for bit), a blend between."""
+    return torch.lerp(image, filled.to(image), fill_mask.to(image).expand_as(image))
 
 
 def telea(image, fill_mask, radius=3):
@@ -34,7 +34,7 @@ def biharmonic(image, fill_mask):
 
 def grey(image, fill_mask, value=0.5):
     """The hole painted one grey: the floor that every method has to beat."""
-    check_fill_mask(fill_mask, image)
+    _check(image, fill_mask)
     return composite(image, torch.full_like(image, value), fill_mask)
 
 
@@ -43,7 +43,7 @@ METHODS = {"telea": telea, "biharmonic": biharmonic, "grey": grey}
 
 def fill(image, fill_mask, method="telea", **options):
     """Fill by a method's name, by a callable(image, fill_mask), or by a diffusers pipeline."""
-    check_fill_mask(fill_mask, image)
+    _check(image, fill_mask)
     if isinstance(method, str):
         if method not in METHODS:
             raise ValueError(f"Unknown filling method {method!r}; choose one of {', '.join(METHODS)}, "
@@ -72,7 +72,7 @@ def with_model(pipe, image, fill_mask, prompt="", steps=50, guidance_scale=7.5, 
 
     Returns (B * samples, 3, H, W): all samples of picture 0 first. Known pixels are exact.
     """
-    check_fill_mask(fill_mask, image)
+    _check(image, fill_mask)
     channels = getattr(getattr(pipe, "unet", None), "config", {}).get("in_channels")
     if channels not in (4, 9):
         raise ValueError(f"with_model needs a pipeline whose U-Net takes 4 or 9 channels; this takes {channels}.")
@@ -142,10 +142,16 @@ def blended_latents(pipe, image, fill_mask, prompt="", steps=50, guidance_scale=
 
 # --- parts ------------------------------------------------------------------------------------------------
 
-def _each(image, fill_mask, method):
+def _check(image, fill_mask):
+    latents.check_image(image)
     check_fill_mask(fill_mask, image)
-    masks = fill_mask.expand(len(image), -1, -1, -1)
-    out = [torch.from_numpy(method(_hwc(i), (m[0] > 0).cpu().numpy())) for i, m in zip(image, masks)]
+
+
+def _each(image, fill_mask, method):
+    _check(image, fill_mask)
+    masks = (fill_mask > 0).expand(len(image), -1, -1, -1)
+    # Emptied first: OpenCV lets what stands in the hole change its result a little.
+    out = [torch.from_numpy(method(_hwc(i * ~m), m[0].cpu().numpy())) for i, m in zip(image, masks)]
     out = torch.stack(out).permute(0, 3, 1, 2).to(image)
     return composite(image, out, fill_mask)
 
