@@ -214,8 +214,8 @@ class Run:
         self.params = list(trainable) if trainable is not None else [p for m in models.values() for p in m.parameters()]
         self.optimiser = torch.optim.AdamW(self.params, lr=lr, betas=(.9, .99), weight_decay=.01)
         self.ema = EMAModel(self.params, decay=ema_decay, use_ema_warmup=True, power=.75)
-        self._resume()
         self.start = self.saved = time.time()
+        self._resume()
 
     def _resume(self) -> None:
         path = self.folder / "last.pt"
@@ -240,6 +240,7 @@ class Run:
 
     def __iter__(self):
         """Yield the progress until the budget is spent; saves every two minutes and at the end."""
+        self.start = self.saved = time.time()                             # loading and encoding do not count
         bar = tqdm(desc=self.name, total=100, mininterval=10, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}")
         while (p := self.progress()) < 1:
             rate = self.lr * min(1., (self.step + 1) / 200) * (1. if p < .55 else max(.02, (1 - p) / .45))
@@ -499,7 +500,8 @@ def frozen_vae(decoder: bool = True):
         vae.quant_conv.requires_grad_(False)
         averaged("decoder", vae=vae)
     with torch.no_grad():
-        (rgb,) = Corpus(wild=False).take(torch.arange(0, 512, 2), "rgb")
+        data = Corpus(wild=False)
+        (rgb,) = data.take(torch.arange(min(256, len(data))), "rgb")
         z = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mode() for x in rgb.split(32)])
     vae.register_to_config(scaling_factor=round(1 / float(z.std()), 5))
     return vae
