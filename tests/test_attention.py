@@ -62,8 +62,8 @@ def test_recording_changes_no_bit_and_keeps_what_it_says(tiny_pipe):
     assert before.keys() == after.keys() and all(before[n] is after[n] for n in before)
     assert bank.timesteps == [1, 251] and len(bank.names) == 6 and len(bank.store) == 12
     kept = bank.at(251, bank.names[-1])
-    assert kept["k"].shape == kept["v"].shape == (1, 256, 16) and kept["k"].dtype == torch.float16
-    assert kept["w"].shape == (1, 2, 256, 256) and (kept["w"].float().sum(-1) - 1).abs().max() < 1e-2
+    assert kept["k"].shape == kept["v"].shape == (1, 256, 32) and kept["k"].dtype == torch.float16
+    assert kept["w"].shape == (1, 4, 256, 256) and (kept["w"].float().sum(-1) - 1).abs().max() < 1e-2
     assert bank.bytes == sum(x.numel() * 2 for parts in bank.store.values() for x in parts.values())
     with pytest.raises(ValueError, match="timestep 751"):
         bank.at(751, bank.names[0])

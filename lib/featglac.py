@@ -1,0 +1,705 @@
+"""FeatGLaC: feature-guided layer compositing, its baselines, and what they cost (lesson 09).
+
+    insert_object(pipe, image, depth, cutout, prompt, at)    put an object at a depth of a picture
+    compose(pipe, image_a, depth_a, image_b, depth_b, at)    A's near layer in front of B's far layer
+    compose_layers(pipe, background, foreground, occluder)   what both do once the layers are there
+
+Two mechanisms, both called FeatGLaC by somebody, both training-free:
+  "inject"  keys and values of the layers, recorded while the layers are inverted, replace the generation's own in
+            self-attention where a mask says so, at the same timestep (COURSE 4)
+  "guide"   the latent is moved at each step by the gradient of a masked L1 between the generation's U-Net features
+            (last three up-blocks with attention) and the layers' (Parihar et al., ICCV 2025; METHOD 1.2).
+            Written from the description of the method, not from its code.
+
+The pasted picture ("composite") has the right things in the right order, in the wrong light and without shadows. The
+edit climbs from it (or from the background, or from noise) to `noise_level`, and comes down again held by the layers'
+features: tightly to the background far from the object, softly around it, where a shadow may fall.
+"""
+import time
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from . import attention, deglad, diffusion, inpaint, latents
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that may be chosen; every field is an argument of `compose_layers`, `insert_object` and `compose`.
+
+    steps, guidance_scale, negative_prompt: as in sampling. guidance_scale 1 needs one U-Net pass per step, not two.
+    background_prompt: describes the background alone ("" fits any); the inversion of the background uses it.
+    noise_level: how far up the edit goes, 0..1 of the steps. Low keeps the pasted light, 1 forgets it.
+    start: where it starts from there: "background" or "composite" (inverted), "noised" (composite + fresh noise),
+      "mixed" (inverted background, inside the object the noised composite), "noise" (pure noise; noise_level 1).
+    sources: what the layers' features come from: "inverted" or "noised" layers.
+    strength: of the object's layer in K/V; keep: of the background outside the ring; free: of the background inside
+      the ring (0 = the shadow may do what it likes). All 0..1.
+    ring: width of the ring around the object, in units of the object's size (its larger side).
+    layers, window, parts, mode: as in `attention.inject`; window is counted over all steps, from noise to picture.
+    call: "recorded" reuses K/V recorded once; "batched" runs [layers, generation] in one call per step.
+    refine: fixed-point passes of the inversion (each costs as much as the inversion again).
+    anchor: 0..1, how firmly the latent outside the ring is put back on the background's own path after each step.
+    weights, inner_steps, step_size, normalise, guide_window: of "guide". weights are per up-block, coarse to fine;
+      with normalise the update has RMS step_size in units of the noise level's sigma, else it is the plain
+      step_size * gradient of the paper.
+    decode: "residual" (composite + D(z) - D(E(composite))), "plain" (D(z)), "blend" (by the size of the change).
+    restore: "occluder" puts back the pixels in front of the object, "outside" all outside the ring as well, "none".
+    fill, soft: of `compose`: how the hole behind B's foreground is filled (`lib.inpaint.fill`), and the half width
+      in pixels of the cut's soft edge (`deglad.split`).
+    paste_at: progress (0 noise .. 1 picture) of the one step of "latent-paste".
+    samples: number of edits averaged in pixel space (>1 only helps when the start is noised).
+    bank_device, bank_dtype: where recorded K/V and features are kept ("cpu", torch.float16 for large models).
+    """
+    steps: int = 50
+    guidance_scale: float = 1.0
+    negative_prompt: str = ""
+    background_prompt: str = ""
+    noise_level: float = 0.7
+    start: str = "composite"
+    sources: str = "inverted"
+    strength: float = 0.5
+    keep: float = 1.0
+    free: float = 0.3
+    ring: float = 0.6
+    layers: object = "all"
+    window: tuple = (0.0, 1.0)
+    parts: str = "kv"
+    mode: str = "replace"
+    call: str = "recorded"
+    refine: int = 0
+    anchor: float = 1.0
+    weights: tuple = (0.0, 0.2, 8.5)
+    inner_steps: int = 3
+    step_size: float = 0.05
+    normalise: bool = True
+    guide_window: tuple = (0.0, 0.8)
+    decode: str = "residual"
+    restore: str = "occluder"
+    fill: object = "telea"
+    soft: float = 0.0
+    paste_at: float = 0.8
+    samples: int = 1
+    bank_device: object = None
+    bank_dtype: object = None
+
+
+CHOICES = {"start": ("background", "composite", "noised", "mixed", "noise"), "sources": ("inverted", "noised"),
+           "decode": ("residual", "plain", "blend"), "restore": ("occluder", "outside", "none"),
+           "call": ("recorded", "batched"), "mode": tuple(attention.MODES)}
+UNIT = ("noise_level", "strength", "keep", "free", "anchor", "paste_at")
+
+
+@dataclass
+class Edit:
+    """What came out. image: (1, 3, H, W); composite: the depth-aware paste it started from; layers: a dict with
+    background, foreground (RGBA), occluder, object (visible alpha), ring (where the edit may act); z: the final latent
+    (None for pixel baselines); passes: U-Net passes per sample, a backward counts 2; seconds; peak_memory: bytes on
+    the GPU, or of the process; bank_bytes: recorded features; settings: a dict; stages: named latents' pictures."""
+    image: torch.Tensor
+    composite: torch.Tensor
+    layers: dict
+    z: torch.Tensor | None
+    passes: int
+    backward: int
+    seconds: float
+    peak_memory: int | None
+    bank_bytes: int
+    mechanism: str
+    settings: dict
+
+
+@dataclass
+class _Job:
+    """One edit on its way: pictures, masks, text features and settings."""
+    pipe: object
+    background: torch.Tensor
+    foreground: torch.Tensor
+    occluder: torch.Tensor
+    prompt: str
+    set: Settings
+    generator: object = None
+    inpaint_pipe: object = None
+    bank_bytes: int = 0
+    cache: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.alpha = self.foreground[:, 3:]
+        self.visible = self.alpha * (1 - self.occluder)
+        self.composite = over(self.foreground[:, :3], self.visible, self.background)
+        self.ring = ring(self.visible, self.set.ring)
+        self.scheduler = diffusion.ddim(self.pipe, self.set.steps)
+
+    def latent(self, name) -> torch.Tensor:
+        """E of "background" or "composite", encoded once, on the model's device."""
+        if "z" not in self.cache:
+            both = latents.encode(self.pipe, torch.cat([self.background, self.composite]))
+            self.cache["z"] = dict(zip(("background", "composite"), both.to(self.pipe.unet.dtype).split(1)))
+        return self.cache["z"][name]
+
+    def grid(self, mask, hard=False) -> torch.Tensor:
+        """A pixel mask on the latent grid: the share of each cell, or (hard) 1 for every cell it touches."""
+        size = self.latent("background").shape[-2:]
+        pooled = F.adaptive_max_pool2d(mask, size) if hard else F.adaptive_avg_pool2d(mask, size)
+        return pooled.to(self.latent("background"))
+
+    def climb(self) -> int:
+        """Number of steps between the picture and the edit's noise level."""
+        return max(1, round(self.set.noise_level * self.set.steps))
+
+    def times(self) -> list:
+        """The timesteps of the way down, descending."""
+        return self.scheduler.timesteps.tolist()[self.set.steps - self.climb():]
+
+    def noise_like(self, z) -> torch.Tensor:
+        return torch.randn(z.shape, generator=self.generator, dtype=torch.float32).to(z)
+
+    def text(self, prompt) -> torch.Tensor:
+        if prompt not in self.cache:
+            self.cache[prompt] = diffusion.embed(self.pipe, prompt)
+        return self.cache[prompt]
+
+    def uncond(self):
+        return self.text(self.set.negative_prompt) if self.set.guidance_scale != 1.0 else None
+
+
+# ---------------------------------------------------------------- pictures and masks
+def over(colour, alpha, below) -> torch.Tensor:
+    """Straight-alpha compositing: alpha * colour + (1 - alpha) * below."""
+    return alpha * colour + (1 - alpha) * below
+
+
+def object_size(mask) -> float:
+    """The larger side, in pixels, of the box around a mask (1, 1, H, W)."""
+    rows, columns = (mask[0, 0] >= 0.5).any(1).nonzero(), (mask[0, 0] >= 0.5).any(0).nonzero()
+    return float(max(rows.max() - rows.min(), columns.max() - columns.min()) + 1)
+
+
+def ring(mask, width) -> torch.Tensor:
+    """Where the edit may act (1, 1, H, W): 1 on the object and around it, falling to 0 at `width` object sizes."""
+    from scipy.ndimage import distance_transform_edt
+    inside = (mask[0, 0] >= 0.5).cpu().numpy()
+    distance = torch.from_numpy(distance_transform_edt(~inside)).float()[None, None].to(mask)
+    radius = width * object_size(mask)
+    if radius < 1:
+        return torch.maximum((distance < 1).to(mask), mask)
+    return ((radius - distance) / (0.4 * radius)).clamp(0, 1)
+
+
+def place(cutout, size, x=0.5, y=0.9, height=0.4) -> torch.Tensor:
+    """Put a cut-out RGBA (1, 4, h, w) on an empty canvas: bottom centre at (x, y), all as parts of the canvas.
+
+    size: (H, W) of the canvas; height: of the object's own box (its opaque part). Straight alpha in and out.
+    """
+    check_rgba(cutout, "cutout")
+    opaque = cutout[0, 3] > 0.05
+    top, bottom = opaque.any(1).nonzero()[[0, -1], 0].tolist()
+    left, right = opaque.any(0).nonzero()[[0, -1], 0].tolist()
+    cutout = cutout[..., top:bottom + 1, left:right + 1]
+    h = max(1, round(height * size[0]))
+    w = max(1, round(h * cutout.shape[-1] / cutout.shape[-2]))
+    premultiplied = torch.cat([cutout[:, :3] * cutout[:, 3:], cutout[:, 3:]], 1)     # so that no hidden colour bleeds
+    small = F.interpolate(premultiplied, (h, w), mode="bilinear", antialias=True, align_corners=False)
+    canvas = torch.zeros(1, 4, *size)
+    top, left = round(y * size[0]) - h, round(x * size[1] - w / 2)
+    rows, columns = slice(max(top, 0), min(top + h, size[0])), slice(max(left, 0), min(left + w, size[1]))
+    if rows.start >= rows.stop or columns.start >= columns.stop:
+        raise ValueError(f"At x={x}, y={y} the object lies outside the picture; choose both between 0 and 1.")
+    canvas[..., rows, columns] = small[..., rows.start - top:rows.stop - top, columns.start - left:columns.stop - left]
+    alpha = canvas[:, 3:].clamp(0, 1)
+    return torch.cat([(canvas[:, :3] / alpha.clamp(min=1e-4)).clamp(0, 1) * (alpha > 0), alpha], 1)
+
+
+def check_rgba(x, name="foreground"):
+    """(1, 4, H, W) float in [0, 1] with something opaque in it."""
+    latents.check_image(x, name, channels=4)
+    if x[:, 3].max() < 0.5:
+        raise ValueError(f"The alpha channel of {name} is empty: nothing to insert.")
+    return x
+
+
+# ---------------------------------------------------------------- the entries
+def compose_layers(pipe, background, foreground, occluder=None, prompt="", mechanism="inject", generator=None,
+                   inpaint_pipe=None, settings=None, **options) -> Edit:
+    """Put a layer into a picture, between what is nearer than it and what is farther.
+
+    background (1, 3, H, W) [0, 1]: the whole picture without the object. foreground (1, 4, H, W): straight-alpha layer
+    of the same size. occluder (1, 1, H, W): 1 = nearer than the object (the near floor too). prompt: describes the
+    finished picture. mechanism: one of `MECHANISMS`. settings: a `Settings`; options: single fields of it.
+    inpaint_pipe: the 9-channel pipeline for mechanism "inpaint" (else `pipe` fills in by blended latents).
+    Raises ValueError for wrong shapes, ranges, names, an empty layer, or an object that is wholly hidden.
+    """
+    if mechanism not in MECHANISMS:
+        raise ValueError(f"Unknown mechanism {mechanism!r}; known: {', '.join(MECHANISMS)}.")
+    job = _Job(pipe, *_check_layers(pipe, background, foreground, occluder), prompt, _settings(settings, options),
+               generator, inpaint_pipe)
+    device = pipe.unet.device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    begin = time.perf_counter()
+    with ExitStack() as stack:
+        counted = [stack.enter_context(diffusion.count_passes(p.unet)) for p in {id(p): p for p in
+                                                                                  (pipe, inpaint_pipe) if p}.values()]
+        image, z = MECHANISMS[mechanism](job)
+        image = _restore(job, image)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    layers = {"background": background, "foreground": foreground, "occluder": job.occluder, "object": job.visible,
+              "ring": job.ring}
+    return Edit(image, job.composite, layers, z, sum(c.total for c in counted), sum(c.backward for c in counted),
+                time.perf_counter() - begin, _peak_memory(device), job.bank_bytes, mechanism, asdict(job.set))
+
+
+def insert_object(pipe, image, depth, cutout, prompt, at, mechanism="inject", where=None, **options) -> Edit:
+    """Object insertion at a user depth: what is nearer than `at` stays in front of the object.
+
+    image (1, 3, H, W); depth: a `DepthMap` of the same size; at: as in `DepthMap.at` (0.5, "2.4m").
+    cutout: RGBA canvas (1, 4, H, W) with the object in its place (see `place`), or None: then the object is made
+    from the prompt inside the mask `where` (1, 1, H, W) by the inpainting model and edited from there.
+    """
+    latents.check_image(image)
+    depth = deglad.as_depth_map(depth)
+    if depth.size != tuple(image.shape[-2:]):
+        raise ValueError(f"The depth map is {depth.size[0]}x{depth.size[1]}, the picture {image.shape[-2]}x"
+                         f"{image.shape[-1]}: resize one of them.")
+    occluder = ((depth.values < depth.at(at)) & (depth.valid > 0.5)).float().to(image)
+    extra = 0
+    if cutout is None:
+        cutout, extra = _object_from_prompt(pipe, image, occluder, where, prompt, options)
+        if mechanism == "inpaint":                       # it was just made; only the occluder is left to put back
+            mechanism = "alpha"
+    edit = compose_layers(pipe, image, cutout, occluder, prompt, mechanism, **options)
+    edit.passes += extra
+    return edit
+
+
+def compose(pipe, image_a, depth_a, image_b, depth_b, at, prompt="", mechanism="inject", fill_prompt=None, **options) -> Edit:
+    """Scene compositing at a depth: A's surfaces nearer than `at` in front of B's beyond it.
+
+    Both pictures (1, 3, H, W) of one size, each with its `DepthMap`. prompt describes the result. B's own near things
+    are taken away and the hole filled by `fill` (Settings) before A's layer covers most of it.
+    """
+    for name, image in (("image_a", image_a), ("image_b", image_b)):
+        latents.check_image(image, name)
+    if image_a.shape != image_b.shape:
+        raise ValueError(f"image_a is {tuple(image_a.shape)} and image_b {tuple(image_b.shape)}: resize one of them.")
+    chosen = _settings(options.get("settings"), {k: v for k, v in options.items() if k in NAMES})
+    front = deglad.split(image_a, depth_a, at, chosen.soft)
+    extra = {"prompt": fill_prompt} if fill_prompt is not None else {}
+    with ExitStack() as stack:
+        filler = chosen.fill if hasattr(chosen.fill, "unet") else None
+        counted = stack.enter_context(diffusion.count_passes(filler.unet)) if filler else None
+        behind = deglad.split(image_b, depth_b, at, allow_empty=True, fill=chosen.fill, **extra).background
+    edit = compose_layers(pipe, behind, front.foreground, None, prompt, mechanism, **options)
+    edit.passes += counted.total if counted else 0
+    return edit
+
+
+NAMES = {f.name for f in fields(Settings)}
+
+
+def _settings(settings, options) -> Settings:
+    """Defaults, a whole `Settings`, single options; checked."""
+    unknown = set(options) - NAMES
+    if unknown:
+        raise TypeError(f"Unknown option {sorted(unknown)[0]!r}; known: {', '.join(sorted(NAMES))}.")
+    s = replace(settings or Settings(), **options)
+    for name, known in CHOICES.items():
+        if getattr(s, name) not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}; not {getattr(s, name)!r}.")
+    for name in UNIT:
+        if not 0 <= getattr(s, name) <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], not {getattr(s, name)}.")
+    if s.start == "noise" and s.noise_level < 1:
+        s = replace(s, noise_level=1.0)
+    if s.samples < 1 or s.inner_steps < 1 or s.ring < 0:
+        raise ValueError("samples and inner_steps must be at least 1, ring at least 0.")
+    return s
+
+
+def _check_layers(pipe, background, foreground, occluder):
+    latents.check_image(background, "background")
+    check_rgba(foreground, "foreground")
+    occluder = torch.zeros_like(foreground[:, 3:]) if occluder is None else occluder
+    latents.check_image(occluder, "occluder", channels=1)
+    sizes = {tuple(x.shape[-2:]) for x in (background, foreground, occluder)}
+    if len(sizes) > 1 or {len(x) for x in (background, foreground, occluder)} != {1}:
+        raise ValueError(f"background, foreground and occluder must be one picture each, of one size; they are "
+                         f"{tuple(background.shape)}, {tuple(foreground.shape)}, {tuple(occluder.shape)}.")
+    if (foreground[:, 3:] * (1 - occluder)).max() < 0.5:
+        raise ValueError("The object is wholly hidden by what is nearer; choose a smaller depth (nearer to the camera).")
+    unit = latents.factor(pipe) * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    h, w = background.shape[-2:]
+    if h % unit or w % unit:
+        raise ValueError(f"The picture is {h}x{w}; this pipeline needs multiples of {unit}: resize or crop it first.")
+    return background, foreground, occluder
+
+
+def _object_from_prompt(pipe, image, occluder, where, prompt, options):
+    """Paint an object into `where` with the inpainting model: (RGBA layer, U-Net passes)."""
+    if where is None:
+        raise ValueError("Without a cut-out, give `where`: a mask (1, 1, H, W) of the place for the object.")
+    latents.check_image(where, "where", channels=1)
+    if where.shape[-2:] != image.shape[-2:] or where.max() < 0.5:
+        raise ValueError(f"where must be a mask of the picture's size {tuple(image.shape[-2:])} that is not empty.")
+    model = options.get("inpaint_pipe") or pipe
+    hole = where * (1 - occluder)
+    with diffusion.count_passes(model.unet) as passes:
+        filled = inpaint.with_model(model, image, (hole > 0.5).float(), prompt, options.get("steps", Settings.steps),
+                                    generator=options.get("generator"))
+    return torch.cat([filled, where], 1), passes.total
+
+
+def _peak_memory(device):
+    """Bytes: the GPU's peak since the edit began; on the CPU the process's high-water mark (None on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    import sys
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------- from latents to the picture
+def _decode(job, z) -> torch.Tensor:
+    """The edited latent as a picture, by the chosen kind of decoding (DESIGN 7)."""
+    target = job.composite
+    if job.set.decode == "plain":
+        return latents.decode(job.pipe, z).to(target)
+    after, before = latents.decode(job.pipe, torch.cat([z, job.latent("composite")]), clamp=False).to(target).split(1)
+    residual = (target + after - before).clamp(0, 1)
+    if job.set.decode == "residual":
+        return residual
+    change = F.avg_pool2d((after - before).abs().mean(1, keepdim=True), 9, 1, 4, count_include_pad=False)
+    weight = ((change - 0.04) / 0.12).clamp(0, 1)        # below 4 % change residual, above 16 % plain decoding
+    return over(after.clamp(0, 1), weight, residual)
+
+
+def _restore(job, image) -> torch.Tensor:
+    """Put back, bit for bit, occluder pixels that overlap the object; with "outside" also what the ring excludes.
+
+    Not the whole occluder: near *floor* is nearer than d too, and the shadow falls on it."""
+    if job.set.restore == "none":
+        return image
+    in_front = job.occluder * (F.max_pool2d(job.alpha, 3, 1, 1) > 0).to(image)
+    image = over(job.composite, in_front, image)
+    if job.set.restore == "outside":
+        image = over(image, job.ring, job.background)
+    return image
+
+
+# ---------------------------------------------------------------- mechanisms
+def _layer_paths(job, listen=nullcontext()):
+    """Bring both layers up to the edit's noise level, while `listen` records: (Trajectory, what listen gave).
+
+    Row 0 is the background, row 1 the composite. Inverted: one U-Net pass per layer and step. The off-by-one of
+    DDIM inversion (see `diffusion.ddim_inverse_step`) means that what is filed under t was seen in the latent one
+    level below; `refine=1` or "noised" sources see z_t itself.
+    """
+    z0 = torch.cat([job.latent("background"), job.latent("composite")])
+    prompts = [job.set.background_prompt, job.prompt]
+    if job.set.sources == "inverted":
+        with listen as heard:
+            path = diffusion.invert(job.pipe, z0, prompts, job.set.steps, upto=job.climb(), refine=job.set.refine)
+        return path, heard
+    noise, text = job.noise_like(z0[:1]), torch.cat([job.text(p) for p in prompts])
+    path = diffusion.Trajectory([z0], [])
+    with listen as heard, torch.no_grad():
+        for t in reversed(job.times()):
+            path.latents.append(diffusion.q_sample(job.scheduler, z0, t, noise.expand_as(z0)))
+            path.timesteps.append(t)
+            if not isinstance(listen, nullcontext):
+                diffusion.predict(job.pipe, path.noise, t, text)
+    return path, heard
+
+
+def _start(job, path) -> torch.Tensor:
+    """The latent from which the way down begins."""
+    kind, top = job.set.start, job.times()[0]
+    background, composite = path.at(top).split(1)
+    if kind in ("background", "composite"):
+        return {"background": background, "composite": composite}[kind]
+    noise = job.noise_like(background)
+    if kind == "noise":
+        return noise
+    noised = diffusion.q_sample(job.scheduler, job.latent("composite"), top, noise)
+    if kind == "noised":
+        return noised
+    inside = job.grid(job.ring)
+    return _mix_noise(noised, background, inside)
+
+
+def _mix_noise(a, b, w):
+    """w a + (1 - w) b of two equally noisy latents, without the loss of variance at soft edges."""
+    return (w * a + (1 - w) * b) / (w**2 + (1 - w)**2).sqrt()
+
+
+def _anchored(job, z, t_to, path):
+    """Outside the ring, put the latent back on the background's own path, at the level just reached."""
+    if job.set.anchor == 0:
+        return z
+    pull = (1 - job.grid(job.ring)) * job.set.anchor
+    return z + pull * (path.at(t_to)[:1] - z)
+
+
+def layer_masks(job) -> torch.Tensor:
+    """Weights (2, 1, H, W) of [background, composite] in K/V: tight far away, loose in the ring, the object its own."""
+    around = 1 - job.visible
+    background = around * (job.set.keep * (1 - job.ring) + job.set.free * job.ring)
+    return torch.cat([background, job.visible * job.set.strength])
+
+
+def _inject(job):
+    """COURSE 4: K/V of the layers, masked, at the same timestep. Passes per step: 2 (recording) + 1 (or 2 with CFG)."""
+    s, unet = job.set, job.pipe.unet
+    window = dict(layers=s.layers, window=s.window)
+    batched = s.call == "batched"
+    listen = nullcontext() if batched else attention.record(unet, **window, device=s.bank_device, dtype=s.bank_dtype)
+    path, bank = _layer_paths(job, listen)
+    job.bank_bytes = 0 if batched else bank.bytes
+    images, z = [], None
+    for _ in range(s.samples):
+        with torch.no_grad(), attention.inject(unet, 2 if batched else bank, layer_masks(job), parts=s.parts,
+                                               mode=s.mode, **window):
+            z = _descend(job, path, batched)
+        images.append(_decode(job, z))
+    return torch.stack(images).mean(0), z
+
+
+def _descend(job, path, batched=False, before_step=None):
+    """The way down from `noise_level` to the picture, anchored, with or without guidance: the final latent."""
+    s = job.set
+    z, text, uncond = _start(job, path), job.text(job.prompt), job.uncond()
+    layers = torch.cat([job.text(p) for p in (s.background_prompt, job.prompt)])
+    for t in job.times():
+        if before_step:
+            z = before_step(z, t)
+        if batched:
+            rows = 2 if uncond is not None else 1
+            x = torch.cat([path.at(t), z.expand(rows, -1, -1, -1)])
+            out = diffusion.predict(job.pipe, x, t, torch.cat([layers] + ([uncond] if rows == 2 else []) + [text]))[2:]
+            out = out if rows == 1 else diffusion.cfg(out[:1], out[1:], s.guidance_scale)
+        else:
+            out = diffusion.predict(job.pipe, z, t, text, uncond, s.guidance_scale)
+        z = diffusion.ddim_step(job.scheduler, out, t, z)
+        z = _anchored(job, z, diffusion.previous(job.scheduler, t), path)
+    return z
+
+
+def guide_blocks(unet) -> list:
+    """Names of the last three up-blocks with attention, coarse to fine (SD 1.5: up_blocks.1, 2, 3; mini: 0, 1, 2)."""
+    found = [f"up_blocks.{i}" for i, b in enumerate(unet.up_blocks) if getattr(b, "attentions", None)]
+    if not found:
+        raise ValueError("This U-Net has no up-block with attention to guide by.")
+    return found[-3:]
+
+
+class _Features:
+    """Context manager: outputs of the guide blocks by forward hooks. `now` is the last call's; `kept` is by timestep."""
+
+    def __init__(self, unet, keep=False, device=None, dtype=None):
+        self.unet, self.names, self.now, self.kept, self.calls = unet, guide_blocks(unet), {}, {}, {}
+        self.keep, self.device, self.dtype = keep, device, dtype
+        self.clock = attention.Clock()
+
+    def __enter__(self):
+        self.handles = [self.unet.register_forward_pre_hook(self.clock, with_kwargs=True)]
+        for name in self.names:
+            hook = lambda module, args, out, name=name: self._hear(name, out)
+            self.handles.append(self.unet.get_submodule(name).register_forward_hook(hook))
+        return self
+
+    def _hear(self, name, out):
+        self.calls[name] = self.calls.get(name, 0) + 1
+        self.now[name] = out
+        if self.keep:
+            out = out.detach()
+            self.kept[self.clock.t, name] = out.to(self.device or out.device, self.dtype or out.dtype)
+
+    def __exit__(self, kind, *rest):
+        for handle in self.handles:
+            handle.remove()
+        self.now = {}
+        fired = self.clock.calls > 0 and all(self.calls.get(n) == self.clock.calls for n in self.names)
+        if kind is None and not fired:
+            raise RuntimeError(f"Feature hooks fired {self.calls} times in {self.clock.calls} U-Net calls.")
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in self.kept.values())
+
+
+def feature_loss(now, wanted, masks, weights) -> torch.Tensor:
+    """sum_l w_l sum_i mean over cells under mask i, mean over channels, of |now_l - wanted_l[i]|  (METHOD 1.2).
+
+    now, wanted: lists of (1, C, h, w) and (S, C, h, w), coarse to fine; masks (S, 1, H, W), average-pooled to each
+    grid: the share of a cell that is covered weighs its error.
+    """
+    loss = 0.0
+    for mine, theirs, weight in zip(now, wanted, weights):
+        if weight:
+            m = F.adaptive_avg_pool2d(masks, mine.shape[-2:]).to(mine)
+            error = ((mine - theirs.to(mine)).abs().mean(1, keepdim=True) * m).sum((1, 2, 3))
+            loss = loss + weight * (error / m.sum((1, 2, 3)).clamp(min=1e-6)).sum()
+    return loss
+
+
+def _guide(job):
+    """METHOD 1.2: gradient of the masked feature loss on the latent, before each step of its window."""
+    s, unet = job.set, job.pipe.unet
+    names = guide_blocks(unet)
+    if len(s.weights) != len(names):
+        raise ValueError(f"weights needs {len(names)} numbers (for {', '.join(names)}), not {len(s.weights)}.")
+    path, wanted = _layer_paths(job, _Features(unet, True, s.bank_device, s.bank_dtype))
+    job.bank_bytes, masks, text = wanted.bytes, layer_masks(job), job.text(job.prompt)
+    active = attention.in_window(s.guide_window)
+
+    def push(z, t):
+        if not active(t):
+            return z
+        theirs = [wanted.kept[t, name] for name in names]
+        for _ in range(s.inner_steps):
+            with torch.enable_grad(), _Features(unet) as heard:
+                z = z.detach().requires_grad_()
+                diffusion.predict(job.pipe, z, t, text)
+                loss = feature_loss([heard.now[n] for n in names], theirs, masks, s.weights)
+                (grad,) = torch.autograd.grad(loss, z)
+            z = (z - _step(job, grad, t)).detach()
+        return z
+
+    images, z = [], None
+    frozen = [p for p in unet.parameters() if p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(False)
+        for _ in range(s.samples):
+            with torch.no_grad():
+                z = _descend(job, path, before_step=push)
+            images.append(_decode(job, z))
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
+    return torch.stack(images).mean(0), z
+
+
+def _step(job, grad, t):
+    if not torch.isfinite(grad).all():
+        raise ValueError("The guidance gradient is not finite; run the pipeline in float32.")
+    if not job.set.normalise:
+        return job.set.step_size * grad
+    sigma = (1 - diffusion.alpha_at(job.scheduler, t)).sqrt().item()
+    return job.set.step_size * sigma * grad / grad.square().mean().sqrt().clamp(min=1e-12)
+
+
+# ---------------------------------------------------------------- baselines, in the same call shape
+def _paste2d(job):
+    """A 2-D tool's paste: the object over everything."""
+    job.set = replace(job.set, restore="none")
+    return over(job.foreground[:, :3], job.alpha, job.background), None
+
+
+def _alpha(job):
+    """Depth-aware alpha compositing: right order, wrong light, no shadow. The baseline to beat."""
+    return job.composite.clone(), None
+
+
+def _poisson(job):
+    """Poisson blending (Perez et al. 2003) of the visible part of the object."""
+    return poisson(job.background, job.foreground, job.occluder), None
+
+
+def poisson(background, foreground, occluder) -> torch.Tensor:
+    """Solve for the picture inside the visible object whose gradients are the foreground's and whose rim is the
+    background's. The picture's border and the occluder set no rim: colours must not bleed in from things in front.
+    """
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.linalg import spsolve
+    below = background[0].permute(1, 2, 0).double().cpu().numpy()
+    above = foreground[0, :3].permute(1, 2, 0).double().cpu().numpy()
+    alpha, front = (x[0, 0].cpu().numpy() for x in (foreground[:, 3:], occluder))
+    inside = (alpha >= 0.5) & (front < 0.5)
+    if not inside.any():
+        return over(foreground[:, :3], foreground[:, 3:] * (1 - occluder), background)
+    number = np.full(inside.shape, -1)
+    number[inside] = np.arange(inside.sum())
+    pull = 1e-4                                  # a weak wish for the pasted colour: islands without a rim need one
+    diagonal, right = np.full(inside.sum(), pull), pull * above[inside]
+    rows, columns = [], []
+    for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+        shift = lambda x: _shift(x, dy, dx)
+        known = shift(np.ones(inside.shape)) > 0                          # the neighbour lies inside the picture
+        mate = shift(inside.astype(float)) > 0
+        same = inside & mate
+        rim = inside & known & ~mate & (shift(front) < 0.5)
+        rows.append(number[same])
+        columns.append(shift(number.astype(float))[same].astype(int))
+        diagonal[number[same]] += 1
+        right[number[same]] += above[same] - shift(above)[same]
+        diagonal[number[rim]] += 1
+        right[number[rim]] += shift(below)[rim]
+    rows, columns = np.concatenate(rows), np.concatenate(columns)
+    every = np.arange(len(diagonal))
+    matrix = coo_matrix((np.concatenate([-np.ones(len(rows)), diagonal]),
+                         (np.concatenate([rows, every]), np.concatenate([columns, every])))).tocsc()
+    result = below.copy()
+    result[inside] = np.stack([spsolve(matrix, right[:, c]) for c in range(3)], 1)
+    return torch.from_numpy(result).permute(2, 0, 1)[None].to(background).clamp(0, 1)
+
+
+def _shift(x, dy, dx):
+    """x at the neighbour (y + dy, x + dx); 0 outside the picture."""
+    out = np.zeros_like(x)
+    h, w = x.shape[:2]
+    out[max(-dy, 0):h - max(dy, 0), max(-dx, 0):w - max(dx, 0)] = x[max(dy, 0):h + min(dy, 0), max(dx, 0):w + min(dx, 0)]
+    return out
+
+
+def _blended_latent(job):
+    """Blended latent diffusion (Avrahami et al. 2023), from the noised composite: around the object the background,
+    noised to the level *just reached*, is put back after every step. (Their code noises it to the level before.)"""
+    hole, background, noise = job.grid(job.visible, hard=True), job.latent("background"), job.noise_like(job.latent("background"))
+    z = diffusion.q_sample(job.scheduler, job.latent("composite"), job.times()[0], noise)
+    text, uncond = job.text(job.prompt), job.uncond()
+    with torch.no_grad():
+        for t in job.times():
+            out = diffusion.predict(job.pipe, z, t, text, uncond, job.set.guidance_scale)
+            z = diffusion.ddim_step(job.scheduler, out, t, z)
+            t_to = diffusion.previous(job.scheduler, t)
+            known = background if t_to < 0 else diffusion.q_sample(job.scheduler, background, t_to, noise)
+            z = hole * z + (1 - hole) * known
+    return _decode(job, z), z
+
+
+def _latent_paste(job):
+    """One hard paste of the object's inverted latent into the background's, at one noise level (DesignEdit; METHOD
+    1.3); the remaining steps are left to harmonise it."""
+    left = min(max(1, round((1 - job.set.paste_at) * job.set.steps)), job.set.steps)
+    job.set = replace(job.set, noise_level=left / job.set.steps)
+    path, _ = _layer_paths(job)
+    background, composite = path.at(job.times()[0]).split(1)
+    z = torch.where(job.grid(job.visible) > 0.5, composite, background)
+    text, uncond = job.text(job.prompt), job.uncond()
+    with torch.no_grad():
+        for t in job.times():
+            z = diffusion.ddim_step(job.scheduler, diffusion.predict(job.pipe, z, t, text, uncond,
+                                                                     job.set.guidance_scale), t, z)
+    return _decode(job, z), z
+
+
+def _inpaint(job):
+    """An inpainting model paints the visible object from the prompt alone; the cut-out only gives its shape."""
+    hole = (job.visible > 0.02).float()
+    scale = job.set.guidance_scale if job.set.guidance_scale != 1.0 else 4.0
+    image = inpaint.with_model(job.inpaint_pipe or job.pipe, job.background, hole, job.prompt, job.set.steps, scale,
+                               job.generator)
+    return image.to(job.background), None
+
+
+MECHANISMS = {"inject": _inject, "guide": _guide, "paste2d": _paste2d, "alpha": _alpha, "poisson": _poisson,
+              "blended-latent": _blended_latent, "latent-paste": _latent_paste, "inpaint": _inpaint}

@@ -1,0 +1,303 @@
+"""The edit from end to end on small random pipelines: every mechanism, restored pixels, clean traces, clear errors."""
+import pytest
+import torch
+
+from lib import attention, deglad, diffusion, featglac, latents
+from lib.depth import DepthMap
+
+STEPS = 5
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def scene():
+    """A smooth background, a grey square object, and something nearer that covers its lower left corner."""
+    ramp = torch.linspace(0.2, 0.8, 128)
+    background = torch.stack([ramp.expand(128, 128), ramp[:, None].expand(128, 128), torch.full((128, 128), 0.5)])[None]
+    foreground = torch.zeros(1, 4, 128, 128)
+    foreground[:, :, 40:90, 40:80] = torch.tensor([0.9, 0.1, 0.1, 1.0]).view(1, 4, 1, 1)
+    occluder = torch.zeros(1, 1, 128, 128)
+    occluder[..., 70:, :60] = 1
+    return background, foreground, occluder
+
+
+def edit(pipe, scene, mechanism="inject", **options):
+    return featglac.compose_layers(pipe, *scene, "a red box", mechanism, **{"steps": STEPS, "generator": gen(), **options})
+
+
+# ---------------------------------------------------------------- whole edits
+@pytest.mark.parametrize("mechanism", featglac.MECHANISMS)
+def test_every_mechanism_twice_and_after_an_exception(tiny_pipe, scene, mechanism, monkeypatch):
+    unet, noise = tiny_pipe.unet, torch.randn(1, 4, 16, 16, generator=gen(1))
+    before, processors = diffusion.sample(tiny_pipe, "a box", 3, latents=noise), dict(unet.attn_processors)
+    first = edit(tiny_pipe, scene, mechanism)
+    total, real = [], unet.conv_out.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(unet.conv_out, "forward", lambda x: total.append(1) or real(x))
+        second = edit(tiny_pipe, scene, mechanism)
+    assert torch.equal(first.image, second.image) and first.passes == second.passes
+    assert first.image.shape == (1, 3, 128, 128) and torch.isfinite(first.image).all()
+    assert 0 <= first.image.min() and first.image.max() <= 1 and first.seconds > 0 and first.mechanism == mechanism
+
+    for stop_at in {1, len(total)} if total else ():                  # the first call, and the last on the way down
+        calls = []
+        broken = lambda x: calls.append(1) or (1 / 0 if len(calls) == stop_at else real(x))
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(unet.conv_out, "forward", broken)
+            edit(tiny_pipe, scene, mechanism)
+    assert all(processors[n] is p for n, p in unet.attn_processors.items())
+    assert not unet._forward_pre_hooks and not unet._forward_hooks
+    assert not any(b._forward_hooks for b in unet.up_blocks) and not any(p.requires_grad for p in unet.parameters())
+    assert torch.equal(diffusion.sample(tiny_pipe, "a box", 3, latents=noise), before)      # bit for bit
+    if first.passes:
+        assert torch.equal(edit(tiny_pipe, scene, mechanism).image, first.image)
+
+
+def test_inject_costs_at_most_twice_classifier_free_sampling(tiny_pipe, scene):
+    for options in ({}, {"noise_level": 1.0}, {"noise_level": 1.0, "guidance_scale": 3.0}):
+        result = edit(tiny_pipe, scene, steps=10, **options)
+        climb = round(result.settings["noise_level"] * 10)
+        assert result.passes == climb * (2 + (1 if result.settings["guidance_scale"] == 1 else 2))
+        assert result.passes <= 2.0 * (2 * 10) and result.backward == 0 and result.bank_bytes > 0
+
+
+def test_guide_counts_its_backward_passes(tiny_pipe, scene):
+    result = edit(tiny_pipe, scene, "guide", steps=10, noise_level=1.0, inner_steps=2, guide_window=(0, 0.5))
+    assert result.backward == 5 * 2
+    assert result.passes == 10 * 2 + 10 + 5 * 2 * (1 + 2)      # inversion of 2 layers, way down, inner steps
+
+
+@pytest.mark.parametrize("start", featglac.CHOICES["start"])
+@pytest.mark.parametrize("sources", featglac.CHOICES["sources"])
+def test_starts_and_sources(tiny_pipe, scene, start, sources):
+    results = [edit(tiny_pipe, scene, start=start, sources=sources, call=call).image for call in ("recorded", "batched")]
+    assert torch.isfinite(results[0]).all()
+    assert (results[0] - edit(tiny_pipe, scene).image).abs().max() > 1e-4 or (start, sources) == ("composite", "inverted")
+    if sources == "noised":       # with layers noised to the level itself, one batched call is the same computation
+        assert torch.allclose(results[0], results[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("option", [dict(mode="query"), dict(mode="concat"), dict(parts="k"), dict(decode="plain"),
+                                    dict(decode="blend"), dict(layers="up"), dict(window=(0.0, 0.6)), dict(anchor=0.0),
+                                    dict(guidance_scale=3.0), dict(strength=1.0), dict(free=1.0), dict(ring=0.2),
+                                    dict(noise_level=0.4), dict(refine=1), dict(background_prompt="a ball")])
+def test_every_option_matters(tiny_pipe, scene, option):
+    plain = edit(tiny_pipe, scene, noise_level=0.8)
+    assert (edit(tiny_pipe, scene, **{"noise_level": 0.8, **option}).image - plain.image).abs().max() > 1e-4
+
+
+def test_the_masks_of_the_layers_share_no_weight(tiny_pipe, scene):
+    job = featglac._Job(tiny_pipe, *scene, "a red box", featglac.Settings(strength=1.0, keep=1.0, free=0.0, ring=0.5))
+    masks = featglac.layer_masks(job)
+    assert masks.shape == (2, 1, 128, 128) and masks.min() >= 0 and masks.sum(0).max() <= 1
+    assert masks[0, 0, 60, 70] == 0 and masks[1, 0, 60, 70] == 1             # on the visible object
+    assert masks[0, 0, 5, 5] == 1 and masks[1, 0, 5, 5] == 0                  # far away
+    assert masks[:, 0, 60, 85].sum() == 0                                     # beside it: the generation's own
+    assert masks[1, 0, 80, 50] == 0                                           # hidden by the occluder
+
+
+def test_outside_the_ring_the_edit_is_the_background(tiny_pipe, scene):
+    result = edit(tiny_pipe, scene, ring=0.0, restore="outside")
+    outside = result.layers["ring"] == 0
+    assert outside.float().mean() > 0.5
+    assert torch.equal(result.image[outside.expand(-1, 3, -1, -1)], scene[0][outside.expand(-1, 3, -1, -1)])
+    # anchored latents: outside the ring the final latent is E(background) itself
+    far = featglac.F.adaptive_max_pool2d(result.layers["ring"], (16, 16)) == 0
+    gap = (result.z - latents.encode(tiny_pipe, scene[0])).abs()
+    assert gap[far.expand(-1, 4, -1, -1)].max() < 1e-5 and gap.max() > 1e-3
+
+
+def test_residual_decoding_changes_nothing_where_the_latent_did_not_change(tiny_pipe, scene):
+    job = featglac._Job(tiny_pipe, *scene, "a", featglac.Settings(decode="residual"))
+    same = featglac._decode(job, job.latent("composite"))
+    assert torch.allclose(same, job.composite, atol=1e-5)
+    job.set = featglac.Settings(decode="plain")
+    assert torch.allclose(featglac._decode(job, job.latent("composite")),
+                          latents.round_trip(tiny_pipe, job.composite), atol=1e-5)
+
+
+def test_only_the_occluder_over_the_object_is_restored(tiny_pipe, scene):
+    background, foreground, occluder = scene
+    image = edit(tiny_pipe, scene).image
+    over_object = (occluder * foreground[:, 3:]).expand(-1, 3, -1, -1) > 0
+    assert torch.equal(image[over_object], background[over_object])
+    rest = (occluder * (featglac.F.max_pool2d(foreground[:, 3:], 3, 1, 1) == 0)).expand(-1, 3, -1, -1) > 0
+    assert (image - background).abs()[rest].max() > 1e-3                      # a shadow may fall on the near floor
+
+
+def test_nothing_to_blend_gives_plain_sampling(tiny_pipe, scene):
+    """All strengths 0, no anchor, from the inverted composite: the way down is ordinary DDIM sampling."""
+    result = edit(tiny_pipe, scene, strength=0.0, keep=0.0, free=0.0, anchor=0.0, noise_level=1.0)
+    z = latents.encode(tiny_pipe, result.composite)
+    path = diffusion.invert(tiny_pipe, z, "a red box", STEPS)
+    assert torch.allclose(result.z, diffusion.sample(tiny_pipe, "a red box", STEPS, 1.0, latents=path.noise), atol=1e-3)
+
+
+def test_half_precision_banks_and_averaging(tiny_pipe, scene):
+    full, half = edit(tiny_pipe, scene), edit(tiny_pipe, scene, bank_dtype=torch.float16, bank_device="cpu")
+    assert half.bank_bytes * 2 == full.bank_bytes and torch.allclose(full.image, half.image, atol=0.02)
+    mean = edit(tiny_pipe, scene, start="noised", samples=2)
+    assert mean.passes == edit(tiny_pipe, scene, start="noised").passes + mean.passes // 4
+
+
+# ---------------------------------------------------------------- guide
+def test_feature_loss_by_hand():
+    now, wanted = torch.randn(1, 6, 8, 8, generator=gen()), torch.randn(2, 6, 8, 8, generator=gen(1))
+    masks = torch.zeros(2, 1, 64, 64)
+    masks[0, ..., :32], masks[1, ..., 32:] = 1, 1
+    left, right = (now - wanted[:1])[..., :4].abs().mean(), (now - wanted[1:])[..., 4:].abs().mean()
+    loss = featglac.feature_loss([now, now], [wanted, wanted], masks, (0.0, 3.0))
+    assert torch.allclose(loss, 3 * (left + right), atol=1e-5)
+    assert featglac.feature_loss([now], [now.expand(2, -1, -1, -1)], masks, (1.0,)) == 0
+
+
+def test_guiding_lowers_the_feature_loss(tiny_pipe, scene, monkeypatch):
+    seen = []
+    real = featglac.feature_loss
+    monkeypatch.setattr(featglac, "feature_loss", lambda *a: seen.append(real(*a).detach()) or real(*a))
+    edit(tiny_pipe, scene, "guide", inner_steps=6, start="noise", guide_window=(0, 0.2), step_size=0.03)
+    assert len(seen) == 6 and seen[-1] < 0.97 * seen[0]
+    plain = edit(tiny_pipe, scene, "guide", normalise=False, step_size=0.01)
+    assert torch.isfinite(plain.image).all()
+
+
+def test_guide_blocks_of_the_tiny_unet_and_of_stable_diffusion_15(tiny_pipe):
+    from diffusers import UNet2DConditionModel
+    assert featglac.guide_blocks(tiny_pipe.unet) == ["up_blocks.0", "up_blocks.1", "up_blocks.2"]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        with featglac._Features(unet) as heard:
+            unet(torch.zeros(1, 4, 64, 64), 501, torch.zeros(1, 77, 768))
+            shapes = [tuple(heard.now[n].shape) for n in featglac.guide_blocks(unet)]
+    assert featglac.guide_blocks(unet) == ["up_blocks.1", "up_blocks.2", "up_blocks.3"]
+    assert shapes == [(1, 1280, 32, 32), (1, 640, 64, 64), (1, 320, 64, 64)]
+
+
+def test_recording_and_injecting_on_stable_diffusion_15s_shape():
+    """Every attn1 of SD 1.5's own config takes the tap, at its own resolution, on the meta device."""
+    from diffusers import UNet2DConditionModel
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        with attention.record(unet, dtype=torch.float16) as bank:
+            unet(torch.zeros(2, 4, 64, 64), 501, torch.zeros(2, 77, 768))
+        masks = torch.zeros(2, 1, 512, 512)
+        pooled = {f: attention.pool_mask(masks, (int(64 * f), int(64 * f))).shape[1] for f in (1, 0.5, 0.25, 0.125)}
+    tokens = {x.name: bank.at(501, x.name)["k"].shape[1] for x in attention.layers(unet)}
+    assert all(tokens[x.name] == pooled[x.fraction] for x in attention.layers(unet))
+    assert abs(bank.bytes / 2 / 2 - 23e6) < 2e6                # about 23 M values a step and picture (DESIGN 7)
+
+
+# ---------------------------------------------------------------- the two tasks
+def ramp_depth():
+    values = torch.linspace(1, 0, 128).view(1, 1, 128, 1).expand(1, 1, 128, 128).contiguous()
+    return DepthMap(values, "metric", 1.0, 5.0)                # the floor: far at the top, near at the bottom
+
+
+def test_insert_object_hides_it_behind_what_is_nearer(tiny_pipe, scene):
+    background, foreground, _ = scene
+    alpha = featglac.insert_object(tiny_pipe, background, ramp_depth(), foreground, "a red box", "2.6m", "alpha")
+    rows = torch.arange(128)[(ramp_depth().values[0, 0, :, 0] < 0.4)]        # nearer than 2.6 m
+    assert torch.equal(alpha.image[..., rows, :], background[..., rows, :])
+    assert (alpha.image - background).abs().max() > 0.1
+    full = featglac.insert_object(tiny_pipe, background, ramp_depth(), foreground, "a red box", 0.4, steps=STEPS)
+    assert full.passes > 0 and torch.equal(full.composite, alpha.composite)
+
+
+def test_an_object_from_the_prompt_alone(make_pipe, tiny_pipe, scene):
+    inpainter = make_pipe(inpaint=True)
+    where = scene[1][:, 3:]
+    with pytest.raises(ValueError, match="where"):
+        featglac.insert_object(tiny_pipe, scene[0], ramp_depth(), None, "a red box", 0.4, steps=STEPS)
+    made = [featglac.insert_object(tiny_pipe, scene[0], ramp_depth(), None, "a red box", 0.4, m, where=where, steps=STEPS,
+                                   inpaint_pipe=inpainter, generator=gen()) for m in ("inpaint", "inject")]
+    assert made[0].passes == 2 * STEPS and made[1].passes > made[0].passes
+    assert torch.equal(made[0].composite, made[1].composite)
+    outside = (where == 0).expand(-1, 3, -1, -1)
+    assert torch.equal(made[0].image[outside], scene[0][outside])
+
+
+def test_compose_puts_the_near_of_a_before_the_far_of_b(tiny_pipe):
+    a, b = torch.rand(1, 3, 128, 128, generator=gen(1)), torch.rand(1, 3, 128, 128, generator=gen(2))
+    result = featglac.compose(tiny_pipe, a, ramp_depth(), b, ramp_depth(), 0.4, "a room", "alpha")
+    near = deglad.nearer(ramp_depth(), 0.4).expand(-1, 3, -1, -1) > 0
+    assert torch.equal(result.image[near], a[near]) and torch.equal(result.image[~near], b[~near])
+    full = featglac.compose(tiny_pipe, a, ramp_depth(), b, ramp_depth(), 0.4, "a room", steps=STEPS, soft=1.0)
+    assert full.passes > 0 and torch.isfinite(full.image).all()
+
+
+def test_place_keeps_proportion_and_colour():
+    cutout = torch.zeros(1, 4, 40, 40)
+    cutout[:, :, 10:30, 5:15] = torch.tensor([0.2, 0.6, 0.4, 1.0]).view(1, 4, 1, 1)
+    canvas = featglac.place(cutout, (96, 128), x=0.5, y=1.0, height=0.5)
+    opaque = canvas[0, 3] > 0.5
+    assert canvas.shape == (1, 4, 96, 128) and opaque.any(1).sum() == 48 and opaque.any(0).sum() == 24
+    assert opaque[-1].any() and torch.allclose(canvas[0, :3, 70, 64], torch.tensor([0.2, 0.6, 0.4]), atol=1e-3)
+    half_out = featglac.place(cutout, (96, 128), x=0.0, y=0.5, height=0.5)
+    assert (half_out[0, 3] > 0.5).any(0).sum() == 12
+    with pytest.raises(ValueError, match="outside the picture"):
+        featglac.place(cutout, (96, 128), x=3.0)
+
+
+# ---------------------------------------------------------------- baselines
+def test_poisson_solves_its_equation():
+    """On a constant rim, a gradient-free object takes the rim's colour; a ramp keeps its slope."""
+    background, foreground = torch.full((1, 3, 48, 48), 0.4), torch.zeros(1, 4, 48, 48)
+    foreground[:, :3, 10:30, 10:30], foreground[:, 3, 10:30, 10:30] = 0.9, 1
+    none = torch.zeros(1, 1, 48, 48)
+    assert (featglac.poisson(background, foreground, none) - 0.4).abs().max() < 0.05
+    foreground[:, :3, 10:30, 10:30] = torch.linspace(0, 0.4, 20).view(1, 1, 1, 20)
+    middle = featglac.poisson(background, foreground, none)[0, 0, 20, 14:26]
+    assert (middle.diff() > 0).all()
+
+
+def test_poisson_at_the_border_and_beside_an_occluder():
+    background, foreground = torch.full((1, 3, 32, 32), 0.5), torch.zeros(1, 4, 32, 32)
+    foreground[:, 0, :16, 8:32], foreground[:, 3, :16, 8:32] = 0.5, 1       # touches two borders
+    occluder = torch.zeros(1, 1, 32, 32)
+    background[..., 16:, :], occluder[..., 16:, :] = 0.0, 1                  # a black thing in front, below
+    out = featglac.poisson(background, foreground, occluder)
+    assert torch.isfinite(out).all() and torch.equal(out[..., 16:, :], background[..., 16:, :])
+    assert (out[0, 0, 2:16, 12:] - 0.5).abs().max() < 0.05                   # no black bleeds in
+    foreground[:, 3] = 1                                                      # no rim at all: the object itself
+    assert torch.allclose(featglac.poisson(background, foreground, torch.zeros_like(occluder)), foreground[:, :3], atol=1e-6)
+
+
+def test_paste_2d_ignores_depth_and_alpha_does_not(tiny_pipe, scene):
+    background, foreground, occluder = scene
+    both = (occluder * foreground[:, 3:]).expand(-1, 3, -1, -1) > 0
+    assert torch.equal(edit(tiny_pipe, scene, "paste2d").image[both], foreground[:, :3][both])
+    assert torch.equal(edit(tiny_pipe, scene, "alpha").image[both], background[both])
+
+
+# ---------------------------------------------------------------- errors
+@pytest.mark.parametrize("change, words", [
+    (lambda b, f, o: (b[0], f, o), "background must be"), (lambda b, f, o: (b * 255, f, o), "must lie in"),
+    (lambda b, f, o: (b, f[:, :3], o), "foreground must be"), (lambda b, f, o: (b, f * 0, o), "alpha channel"),
+    (lambda b, f, o: (b, f, torch.ones_like(o)), "wholly hidden"), (lambda b, f, o: (b, f, o[..., :64]), "one size"),
+    (lambda b, f, o: (b[..., :120], f[..., :120], o[..., :120]), "multiples of 32"),
+    (lambda b, f, o: (b.repeat(2, 1, 1, 1), f, o), "one picture each")])
+def test_bad_layers_are_named(tiny_pipe, scene, change, words):
+    with pytest.raises(ValueError, match=words):
+        edit(tiny_pipe, change(*scene))
+
+
+def test_bad_requests_are_named(tiny_pipe, scene):
+    with pytest.raises(ValueError, match="Unknown mechanism 'magic'; known: inject, guide"):
+        edit(tiny_pipe, scene, "magic")
+    with pytest.raises(TypeError, match="Unknown option 'strenght'; known: .*strength"):
+        edit(tiny_pipe, scene, strenght=1.0)
+    for words, option in [("start must be one of", dict(start="middle")), ("strength must lie", dict(strength=2.0)),
+                          ("fits 'decoder'", dict(layers="decoder")), ("window is", dict(window=(1, 0))),
+                          ("steps must be", dict(steps=0)), ("at least 1", dict(samples=0)),
+                          ("at most 1000|from 1 to 1000", dict(steps=2000))]:
+        with pytest.raises(ValueError, match=words):
+            edit(tiny_pipe, scene, **option)
+    with pytest.raises(ValueError, match="weights needs 3"):
+        edit(tiny_pipe, scene, "guide", weights=(1.0,))
+    with pytest.raises(ValueError, match="depth map is"):
+        featglac.insert_object(tiny_pipe, scene[0], DepthMap(torch.rand(1, 1, 64, 64), "relative", 0, 1), scene[1], "", 0.5)
+    with pytest.raises(ValueError, match="outside the scene"):
+        featglac.insert_object(tiny_pipe, scene[0], ramp_depth(), scene[1], "", "9m")
