@@ -713,7 +713,10 @@ def _openness(world: _World, p, n):
     to = _one_more(n, -(n * p).sum(-1, keepdim=True)) @ _one_more(c, ones).mT
     own, theirs = (p * p).sum(-1, keepdim=True), (c * c).sum(-1, keepdim=True)
     d2 = _one_more(-2 * p, own, torch.ones_like(own)) @ _one_more(c, ones, theirs).mT
-    r2 = (torch.where(world.used, world.ao, torch.zeros_like(world.ao)) ** 2)[:, None]
+    axis, eye = _optical(world)
+    z = ((c - eye[:, None]) * axis[:, None]).sum(-1)                 # what a cut has taken away shades nothing
+    there = world.used & ((world.side == 0) | (world.side * (world.cut[:, None] - z) > 0))
+    r2 = (torch.where(there, world.ao, torch.zeros_like(world.ao)) ** 2)[:, None]
     d = torch.maximum(d2, r2 * 1.05 + 1e-6).rsqrt_()
     return (1 - to.clamp_(min=0).mul_(r2).mul_(d).mul_(d).mul_(d)).clamp_(.25, 1).prod(-1)
 
