@@ -315,3 +315,152 @@ def paired_bootstrap(a, b, level=0.95, resamples=9999, seed=0):
                                 random_state=np.random.default_rng(seed))
         low, high = map(float, drawn.confidence_interval)
     return dict(diff=diff, low=low, high=high, n=len(a), excludes_zero=bool(low > 0 or high < 0))
+
+
+# ------------------------------------------------------------------------------------------ quality of models
+# What the model cards say, measured on test scenes. Every function returns a flat dict of numbers.
+
+QUALITY_START = 1_000_000  # the benchmark's scenes are the first test seeds; cards use others
+
+
+def _renders(n, start=0, batch=16, size=None):
+    from lib import scenes
+    seeds = scenes.seeds("test", n, start=QUALITY_START + start)
+    for i in range(0, n, batch):
+        some = [scenes.sample(s) for s in seeds[i:i + batch]]
+        yield some, scenes.render(some, size=size or scenes.SIZE)
+
+
+@torch.no_grad()
+def vae_quality(pipe, n=200):
+    """Round trip of n unseen scenes: PSNR over the picture and inside objects, dB, means over pictures."""
+    from lib import latents
+    whole, inside = [], []
+    for _, r in _renders(n):
+        back = latents.round_trip(pipe, r.rgb.to(pipe.vae.device)).cpu()
+        whole.append(psnr(back, r.rgb))
+        inside.append(psnr(back, r.rgb, (r.ids >= 0).float()))
+    return dict(scenes=n, psnr=float(torch.cat(whole).mean()), psnr_objects=float(torch.cat(inside).nanmean()))
+
+
+@torch.no_grad()
+def depth_quality(estimator, n=200):
+    """Metric depth of n unseen scenes, unaligned, glass left out: AbsRel and delta1, means over pictures."""
+    from lib import scenes
+    glass = scenes.KINDS.index("glass") + 1
+    errors, shares = [], []
+    for _, r in _renders(n):
+        metres, valid = estimator(r.rgb).metres(), (r.kind != glass).float()
+        errors.append(abs_rel(metres, r.depth, valid))
+        shares.append(delta1(metres, r.depth, valid))
+    return dict(scenes=n, abs_rel=float(torch.cat(errors).mean()), delta1=float(torch.cat(shares).mean()))
+
+
+@torch.no_grad()
+def judge_quality(judge, n=200):
+    """The judge on n unseen true pictures: mean IoU of kinds and of colours, AbsRel of depth, recall of objects."""
+    kinds, colours = 1 + len(judge.config["kinds"]), 1 + len(judge.config["colours"])
+    by_kind, by_colour, errors = torch.zeros(kinds, kinds).long(), torch.zeros(colours, colours).long(), []
+    for _, r in _renders(n):
+        maps = judge_maps(judge, r.rgb)
+        by_kind += confusion(maps["kind"], r.kind, kinds)
+        by_colour += confusion(maps["colour"], r.colour, colours)
+        errors.append(abs_rel(maps["depth"], r.depth))
+    return dict(scenes=n, kind_miou=mean_iou(by_kind), colour_miou=mean_iou(by_colour),
+                abs_rel=float(torch.cat(errors).mean()))
+
+
+def captioned_scenes(n, least=60):
+    """n unseen scenes of one or two things, alternately, in which every thing shows on at least `least` pixels of the
+    true picture (a caption that names a hidden thing cannot be obeyed). Returns (scenes, Render)."""
+    from lib import scenes
+    found, start = [], QUALITY_START
+    while len(found) < n:
+        batch = [scenes.sample(s, things=1 + k % 2) for k, s in enumerate(scenes.seeds("test", 32, start=start))]
+        start += 32
+        ids = scenes.render(batch, size=64, samples=1, shadow_rays=1).ids
+        found += [s for s, i in zip(batch, ids) if all((i == k).sum() * 4 >= least for k in range(len(s.things)))]
+    return found[:n], scenes.render(found[:n])
+
+
+def _present(maps, b, scene):
+    """Is each thing of the scene there (as often as it is named)? List of 0 or 1."""
+    from lib import scenes
+    out = []
+    for i, t in enumerate(scene.things):
+        twins = sum((o.kind, o.colour) == (t.kind, t.colour) for o in scene.things[:i])
+        n = components(maps["kind"][b], maps["colour"][b], scenes.KINDS.index(t.kind) + 1,
+                       scenes.COLOURS.index(t.colour) + 1)
+        out.append(float(n > twins))
+    return out
+
+
+def prompts_obeyed(pipe, judge, n=200, steps=50, guidance_scale=3.0, batch=20):
+    """Share of unseen captions (at most 2 objects) whose objects are all present in the picture made from them.
+
+    Present: at least 30 connected pixels that the judge gives the right kind and colour. Fixed seeds. Captions with a
+    kind-colour pair never seen in training are also counted apart, and so is the judge's score on the true renders
+    of the same captions, which is the most that could be reached."""
+    from lib import diffusion, latents, scenes
+    chosen, truth = captioned_scenes(n)
+    made = []
+    for i in range(0, n, batch):
+        some = chosen[i:i + batch]
+        start = torch.cat([diffusion.noise(pipe, scenes.SIZE, scenes.SIZE,
+                                           torch.Generator("cpu").manual_seed(s.seed)) for s in some])
+        z = diffusion.sample(pipe, [s.caption() for s in some], steps, guidance_scale, latents=start)
+        made.append(latents.decode(pipe, z).cpu())
+    result = dict(captions=n, steps=steps, guidance_scale=guidance_scale)
+    for name, pictures in (("", torch.cat(made)), ("_true_renders", truth.rgb)):
+        maps = judge_maps(judge, pictures)
+        there = [_present(maps, b, s) for b, s in enumerate(chosen)]
+        new = [any((t.kind, t.colour) in scenes.HELD_OUT_PAIRS for t in s.things) for s in chosen]
+        result["obeyed" + name] = float(np.mean([min(x) for x in there]))
+        result["objects_present" + name] = float(np.mean([v for x in there for v in x]))
+        for word, flag in (("seen", False), ("unseen", True)):
+            values = [min(x) for x, is_new in zip(there, new) if is_new == flag]
+            result[f"obeyed_{word}_pairs{name}"] = float(np.mean(values)) if values else float("nan")
+    result["unseen_pair_captions"] = sum(new)
+    return result
+
+
+def fill_holes_cases(n, batch=8):
+    """Yields (Render, captions, fill_mask) of n unseen scenes: one half object-shaped holes, the other holes of 25 to
+    40 % of the picture."""
+    from lib import masks, scenes
+    for k, (some, r) in enumerate(_renders(n, batch=batch)):
+        generator = torch.Generator("cpu").manual_seed(k)
+        shaped = masks.random_object_masks(r.ids, generator)
+        large = masks.irregular(len(some), scenes.SIZE, generator, area=(0.25, 0.40))
+        odd = (torch.arange(len(some)) % 2).view(-1, 1, 1, 1)
+        yield r, [s.caption() for s in some], torch.where(odd == 1, large, shaped)
+
+
+def inpaint_quality(pipe, judge, n=200, steps=25, guidance_scale=2.0):
+    """The inpainting model against Telea and biharmonic on n unseen scenes with known truth.
+
+    feat_dist: of *one* sample, over the picture. psnr: inside the hole, of the *mean of four* samples (the best guess
+    under a square loss). Means over scenes, for object-shaped holes (`_objects`), large ones (`_large`) and all, and
+    the paired bootstrap interval of the difference from each classical filling."""
+    from lib import inpaint
+    rows = {m: dict(feat_dist=[], psnr=[]) for m in ("model", "telea", "biharmonic")}
+    for k, (r, captions, hole) in enumerate(fill_holes_cases(n)):
+        generator = torch.Generator("cpu").manual_seed(k)
+        made = inpaint.with_model(pipe, r.rgb, hole, captions, steps=steps, guidance_scale=guidance_scale,
+                                  generator=generator, samples=4)
+        made = made.view(len(r.rgb), 4, *made.shape[1:])
+        filled = dict(model=(made[:, 0], made.mean(1)))
+        for method in ("telea", "biharmonic"):
+            filled[method] = (inpaint.fill(r.rgb, hole, method),) * 2
+        for method, (one, mean) in filled.items():
+            rows[method]["feat_dist"] += feat_dist(judge, one, r.rgb).tolist()
+            rows[method]["psnr"] += psnr(mean, r.rgb, hole).tolist()
+    result = dict(scenes=n, steps=steps, guidance_scale=guidance_scale)
+    for method, scores in rows.items():
+        for score, values in scores.items():
+            for part, some in (("", values), ("_objects", values[::2]), ("_large", values[1::2])):
+                result[f"{score}_{method}{part}"] = float(np.nanmean(some)) if some else float("nan")
+            if method != "model":
+                d = paired_bootstrap(rows["model"][score], values)
+                result[f"{score}_over_{method}"] = [d["diff"], d["low"], d["high"]]
+    return result

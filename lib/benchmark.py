@@ -1,0 +1,940 @@
+"""The scoreboard: edits of unseen scenes against exact truth (lesson 12).
+
+    python -m lib.benchmark [--scenes 32] [--smoke] [--out DIR] [--mechanisms inject alpha ...] [--model mini]
+    python -m lib.benchmark readme      # the README's tables, from the newest stored result
+    python -m lib.benchmark models      # measured quality into each mini model's card
+    python -m lib.benchmark gpu         # an SD-1.5-sized pipeline with random weights on this machine's card
+
+Two tasks. *Insertion*: a cut-out, lit from elsewhere, is put behind what is nearer than `at`. *Compositing*: scene A
+nearer than `at` in front of scene B. The scene list is a rule, not a file: the first N seeds of the test split.
+
+Zones are masks of the *truth* (`Case.zones`), the same for every method:
+* insertion - shading: the object's visible pixels. shadow: outside it, where the truth with and without the object
+  differ by more than 0.03 (mean of the three channels). outside: the rest.
+* compositing - shading: the foreground layer's pixels (the truth shows A), whose light has to change to B's.
+  shadow: background pixels whose surface B's picture shows too, but more than 0.03 lighter or darker than the truth
+  (A's shadow falls there, or a shadow of what was cut away is gone). hole: background that B's picture does not show,
+  because something nearer than `at` stood there. outside: the rest.
+A score in a zone is the root of the mean square error over all its pixels and channels of one scene; tables give the
+mean over scenes. A scene whose zone has fewer than 16 pixels does not count in that zone.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import threading
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from lib import diffusion, latents, metrics, scenes
+
+TASKS = ("insertion", "compositing")
+LIGHT = 0.03            # a pixel belongs to the shadow zone above this mean difference of its channels
+LEAST = 16              # pixels a zone needs to count
+ZONES = ("shadow", "shading", "outside", "hole")
+BASELINES = ("paste2d", "alpha", "poisson", "blended-latent", "latent-paste", "inpaint")
+MECHANISMS = ("inject", "guide")
+SCORES = tuple(f"rmse_{z}" for z in ZONES) + ("psnr", "ssim", "feat_dist")
+SHEET_SCENES = 2        # scenes of each task on the picture sheet
+
+
+# ------------------------------------------------------------------------------------------ cases with their truth
+
+@dataclass
+class Case:
+    """One task: what an editor is given, and the truth it is scored against. Pictures (1, 3, H, W) in [0, 1].
+
+    background, background_depth: the scene edited (insertion) or scene B; foreground, RGBA: the cut-out, or scene A's
+    layer nearer than `at`; a, a_depth: scene A (compositing). Depths in metres. paste: the depth-aware composite of
+    the given pixels, for the bounds. prompts: background, foreground, edit. order: arguments of
+    `metrics.occlusion_order` after the maps, or None. thing: (kind, colour), 1-based, of what was put in."""
+    task: str
+    seed: int
+    at: float
+    background: torch.Tensor
+    background_depth: torch.Tensor
+    foreground: torch.Tensor
+    truth: torch.Tensor
+    zones: dict
+    paste: torch.Tensor
+    prompts: tuple
+    a: torch.Tensor | None = None
+    a_depth: torch.Tensor | None = None
+    order: tuple | None = None
+    thing: tuple | None = None
+
+
+def case(task, seed):
+    """The case of a task and a test seed; always the same one."""
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
+    return _insertion(seed) if task == "insertion" else _compositing(seed)
+
+
+def insertion_zones(truth, without, visible):
+    """Zones of object insertion. truth, without (B, 3, H, W): the scene with and without the object;
+    visible (B, 1, H, W) bool: pixels that show the object. Returns dict of float masks that sum to 1."""
+    changed = (truth - without).abs().mean(1, keepdim=True) > LIGHT
+    visible = visible.bool()
+    zones = dict(shading=visible, shadow=changed & ~visible, outside=~changed & ~visible, hole=torch.zeros_like(visible))
+    return {k: v.float() for k, v in zones.items()}
+
+
+def compositing_zones(truth, background, foreground, same):
+    """Zones of scene compositing. background: B's picture; foreground (B, 1, H, W) bool: the truth shows A there;
+    same: B's picture shows the same surface as the truth."""
+    foreground, same = foreground.bool(), same.bool()
+    changed = (truth - background).abs().mean(1, keepdim=True) > LIGHT
+    zones = dict(shading=foreground, shadow=~foreground & same & changed, outside=~foreground & same & ~changed,
+                 hole=~foreground & ~same)
+    return {k: v.float() for k, v in zones.items()}
+
+
+def _insertion(seed):
+    found = scenes.insertion_case(seed)
+    scene, i = found["scene"], found["index"]
+    r = scenes.render([scene, found["background"]])
+    cutout = scenes.only(scene, i, sun=found["sun"])
+    truth, without, z = r.rgb[:1], r.rgb[1:], r.depth[1:]
+    visible = r.ids[:1] == i
+    hidden = (cutout[:, 3:] > 0.5) & ~visible & (r.ids[:1] >= 0)
+    thing = scene.things[i]
+    kind, colour = scenes.KINDS.index(thing.kind) + 1, scenes.COLOURS.index(thing.colour) + 1
+    alpha = cutout[:, 3:] * (z >= found["at"])
+    return Case("insertion", seed, found["at"], without, z, cutout, truth, insertion_zones(truth, without, visible),
+                without * (1 - alpha) + cutout[:, :3] * alpha,
+                (found["background"].caption(), f"a {thing.name}".replace("a orange", "an orange"), found["caption"]),
+                order=_order(visible, hidden, kind, r.kind[:1]), thing=(kind, colour))
+
+
+def _compositing(seed):
+    a, b, at = scenes.composite_case(seed)
+    r = scenes.render([a, replace(b, camera=a.camera)])
+    whole = scenes.composite_truth(a, b, at)
+    front = whole.depth < at
+    same = (r.depth[1:] - whole.depth).abs() < 0.02
+    near = (r.depth[:1] < at).float()
+    layer = torch.cat([r.rgb[:1], near], 1)
+    behind = _filled(r.rgb[1:], r.depth[1:], at)
+    case_ = Case("compositing", seed, at, r.rgb[1:], r.depth[1:], layer, whole.rgb,
+                 compositing_zones(whole.rgb, r.rgb[1:], front, same), r.rgb[:1] * near + behind * (1 - near),
+                 (b.caption(), a.caption(), _joint_caption(a, b, whole)), a=r.rgb[:1], a_depth=r.depth[:1])
+    hiding = [(int(((r.ids[1:] == j) & front & (whole.ids >= 0)).sum()), j) for j in range(len(b.things))]
+    if hiding:
+        j = max(hiding)[1]
+        visible = whole.ids == len(a.things) + j
+        hidden = (r.ids[1:] == j) & front & (whole.ids >= 0) & (r.depth[1:] >= at)
+        case_.order = _order(visible, hidden, scenes.KINDS.index(b.things[j].kind) + 1, whole.kind)
+    shown = [(int((whole.ids == i).sum()), i) for i in range(len(a.things))]
+    if shown:
+        thing = a.things[max(shown)[1]]
+        case_.thing = scenes.KINDS.index(thing.kind) + 1, scenes.COLOURS.index(thing.colour) + 1
+    return case_
+
+
+def _filled(image, z, at):
+    """Scene B without what is nearer than the cut, the hole filled as `featglac.compose` fills it by default."""
+    from lib import deglad, depth
+    near_map = depth.from_metric(z, near=scenes.NEAR, far=scenes.FAR)
+    return deglad.split(image, near_map, f"{at:.6f}m", allow_empty=True, fill="telea").background
+
+
+def _order(visible, hidden, kind, kinds):
+    """Arguments for `metrics.occlusion_order`: the thing that hides most is the one in front."""
+    if not hidden.any():
+        return None
+    return visible, hidden, kind, int(torch.bincount(kinds[hidden]).argmax())
+
+
+def _joint_caption(a, b, whole):
+    """The caption of the composite: what of A and B shows on at least 30 pixels, in B's light."""
+    things = a.things + b.things
+    shown = [replace(t, on=None) for i, t in enumerate(things) if int((whole.ids == i).sum()) >= 30]
+    return replace(b, camera=a.camera, things=tuple(shown[:4])).caption()
+
+
+# ------------------------------------------------------------------------------------------ one edit, measured
+
+class Peak:
+    """Peak memory within a `with` block, MB: the card's own count on CUDA, else this process's resident memory
+    (looked at every 10 ms, so the programs and models that are loaded anyway are in it)."""
+
+    def __enter__(self):
+        self.cuda = torch.cuda.is_available()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self.mb, self._stop = self._now(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+        self.mb = max(self.mb, self._now())
+
+    def _watch(self):
+        while not self._stop.wait(0.01):
+            self.mb = max(self.mb, self._now())
+
+    def _now(self):
+        if self.cuda:
+            return torch.cuda.max_memory_allocated() / 2 ** 20
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            return pages * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+        except OSError:  # not Linux: the highest ever, the best there is without another package
+            import resource
+            unit = 1 if platform.system() == "Darwin" else 2 ** 10
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20
+
+
+@dataclass
+class Settings:
+    """What makes two runs comparable; part of the fingerprint."""
+    model: str = "mini"
+    scenes: int = 32
+    steps: int = 50
+    guidance_scale: float = 3.0
+    seed: int = 0
+    mechanisms: tuple = BASELINES + MECHANISMS
+    tasks: tuple = TASKS
+    options: dict = field(default_factory=dict)     # further arguments of one mechanism: {"guide": {...}}
+    smoke: bool = False
+
+    def __post_init__(self):
+        unknown = [m for m in self.mechanisms if m not in BASELINES + MECHANISMS]
+        if unknown:
+            raise ValueError(f"unknown mechanism {unknown[0]!r}: use {', '.join(BASELINES + MECHANISMS)}")
+        if self.scenes < 1 or self.steps < 2:
+            raise ValueError(f"scenes must be at least 1 and steps at least 2; got {self.scenes} and {self.steps}")
+
+    @property
+    def name(self):
+        return f"{Path(self.model).name}-{'smoke' if self.smoke else self.scenes}"
+
+
+class Models:
+    """Pipeline, inpainting pipeline and judge, loaded when first asked for; any of them can be given."""
+
+    def __init__(self, settings, pipe=None, inpaint=None, judge=None, device=None):
+        self.settings, self._pipe, self._inpaint, self._judge, self._device = settings, pipe, inpaint, judge, device
+
+    @property
+    def device(self):
+        return self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def pipe(self):
+        if self._pipe is None:
+            from lib import models
+            self._pipe = models.load(self.settings.model, device=self.device)
+        return self._pipe
+
+    @property
+    def inpaint(self):
+        if self._inpaint is None:
+            from lib import models
+            self._inpaint = models.load(f"{self.settings.model}-inpaint", device=self.device)
+        return self._inpaint
+
+    @property
+    def judge(self):
+        if self._judge is None:
+            from lib import models
+            self._judge = models.load_judge("cpu")
+        return self._judge
+
+
+def edit_case(models, c, mechanism):
+    """Run one mechanism of lib.featglac on a case, with its own settings but the steps: (Edit, before, after).
+
+    before: the mechanism's picture as it is; after: untouched pixels put back (occluder, and all that lies outside
+    the ring around what was put in). The 2-D paste knows no depth, so nothing is put back for it."""
+    from lib import depth, featglac
+    s = models.settings
+    generator = torch.Generator("cpu").manual_seed(s.seed * 1_000_003 + c.seed)
+    options = {"steps": s.steps, **s.options.get(mechanism, {}), "restore": "none"}
+    shared = dict(at=f"{c.at:.6f}m", prompt=c.prompts[2], mechanism=mechanism, generator=generator,
+                  inpaint_pipe=models.inpaint if mechanism == "inpaint" else None, **options)
+    metric = {"near": scenes.NEAR, "far": scenes.FAR}
+    behind = depth.from_metric(c.background_depth, **metric)
+    if c.task == "insertion":
+        edit = featglac.insert_object(models.pipe, c.background, behind, c.foreground, **shared)
+    else:
+        front = depth.from_metric(c.a_depth, **metric)
+        edit = featglac.compose(models.pipe, c.a, front, c.background, behind, **shared)
+    return edit, edit.image, edit.image if mechanism == "paste2d" else restored(edit)
+
+
+def restored(edit):
+    """An edit made with restore="none", with the pixels put back that restore="outside" puts back."""
+    from lib import featglac
+    layers = edit.layers
+    job = SimpleNamespace(occluder=layers["occluder"], alpha=layers["foreground"][:, 3:], composite=edit.composite,
+                          ring=layers["ring"], background=layers["background"], set=SimpleNamespace(restore="outside"))
+    return featglac._restore(job, edit.image)
+
+
+def scores(judge, image, c):
+    """All scores of one picture against a case's truth: dict by the names in SCORES."""
+    image = image.float().cpu()
+    out = {f"rmse_{z}": float(metrics.rmse(image, c.truth, m)) if m.sum() >= LEAST else float("nan")
+           for z, m in c.zones.items()}
+    out["psnr"], out["ssim"] = float(metrics.psnr(image, c.truth)), float(metrics.ssim(image, c.truth))
+    out["feat_dist"] = float(metrics.feat_dist(judge, image, c.truth))
+    return out
+
+
+def judged(judge, image, c):
+    """(occlusion order, object present) of a picture by the judge: 1.0, 0.0 or NaN."""
+    maps = metrics.judge_maps(judge, image.float().cpu())
+    order = metrics.occlusion_order(maps, *c.order) if c.order else float("nan")
+    present = float(metrics.object_present(maps["kind"], maps["colour"], *c.thing)) if c.thing else float("nan")
+    return order, present
+
+
+def bounds(pipe, c):
+    """What perfect latents would give, with this VAE: dict of the pictures `vae` = D(E(truth)), plain decoding, and
+    `vae-residual` = paste + D(E(truth)) - D(E(paste)), which keeps the paste's own sharpness."""
+    device = pipe.vae.device
+    true, pasted = (latents.decode(pipe, latents.encode(pipe, x.to(device)), clamp=False).cpu()
+                    for x in (c.truth, c.paste))
+    return {"vae": true.clamp(0, 1), "vae-residual": (c.paste + true - pasted).clamp(0, 1)}
+
+
+def run_case(models, task, seed, edit=edit_case):
+    """All mechanisms on one case. Returns (rows, pictures): a dict per mechanism, and pictures by name."""
+    c = case(task, seed)
+    judge = models.judge
+    order_truth, present_truth = judged(judge, c.truth, c)
+    shared = dict(task=task, seed=seed, order_truth=order_truth, present_truth=present_truth,
+                  **{f"pixels_{z}": int(m.sum()) for z, m in c.zones.items()})
+    shown = {"background": c.background, "object" if task == "insertion" else "scene A": _shown(c)}
+    rows = []
+    for name, image in bounds(models.pipe, c).items():
+        rows.append(dict(shared, mechanism=name, **scores(judge, image, c)))
+    floor = {f"floor_{z}": rows[0][f"rmse_{z}"] for z in ZONES}
+    rows.append(dict(shared, mechanism="plain-cfg", **_plain(models, c)))
+    for mechanism in models.settings.mechanisms:
+        with Peak() as peak:
+            done, before, after = edit(models, c, mechanism)
+        order, present = judged(judge, after, c)
+        rows.append(dict(shared, mechanism=mechanism, **scores(judge, after, c),
+                         **{f"{k}_before": v for k, v in scores(judge, before, c).items()},
+                         order=order, present=present, **floor, passes=int(done.passes), seconds=float(done.seconds),
+                         peak_mb=peak.mb))
+        shown[mechanism] = after.float().cpu()
+    shown["truth, VAE"] = latents.round_trip(models.pipe, c.truth.to(models.pipe.vae.device)).cpu()
+    shown["truth"] = c.truth
+    return rows, shown
+
+
+def _shown(c):
+    """The foreground as a picture: scene A, or the cut-out on mid-grey."""
+    if c.a is not None:
+        return c.a
+    alpha = c.foreground[:, 3:]
+    return c.foreground[:, :3] * alpha + 0.5 * (1 - alpha)
+
+
+def _plain(models, c):
+    """Cost of plain classifier-free sampling with the same number of steps, decoding included."""
+    s, pipe = models.settings, models.pipe
+    generator = torch.Generator("cpu").manual_seed(s.seed)
+    with diffusion.count_passes(pipe.unet) as passes, Peak() as peak:
+        start = time.perf_counter()
+        z = diffusion.sample(pipe, c.prompts[2], steps=s.steps, guidance_scale=s.guidance_scale, generator=generator)
+        latents.decode(pipe, z).cpu()
+        seconds = time.perf_counter() - start
+    return dict(passes=passes.total, seconds=seconds, peak_mb=peak.mb)
+
+
+# ------------------------------------------------------------------------------------------ the whole run
+
+def run(settings, models=None, out=None, edit=edit_case, progress=True):
+    """Run the benchmark, resuming what an interrupted run with the same settings, code and weights has finished.
+
+    Writes NAME.csv (a row per scene and mechanism), NAME.json, NAME.md and NAME-<task>.png into `out`, each
+    atomically, at the end. Returns the summary that the JSON holds."""
+    from tqdm.auto import tqdm
+
+    from lib import setup
+    models = models or Models(settings)
+    out = Path(out) if out else (setup.cache_dir() if settings.smoke else setup.data_dir()) / "benchmark"
+    out.mkdir(parents=True, exist_ok=True)
+    work = setup.cache_dir() / "benchmark" / fingerprint(settings, models)
+    work.mkdir(parents=True, exist_ok=True)
+    todo = [(task, seed) for task in settings.tasks for seed in scenes.seeds("test", settings.scenes)]
+    todo.sort(key=lambda x: x[1])  # both tasks grow together, so an unfinished run is of use too
+    rows, start = [], time.perf_counter()
+    for task, seed in tqdm(todo, desc="benchmark", disable=not progress):
+        rows += _stored(work, models, task, seed, edit)
+    summary = summarise(rows, settings)
+    summary["minutes"] = round((time.perf_counter() - start) / 60, 2)
+    summary["machine"] = machine()
+    previous = out / f"{settings.name}.json"
+    if previous.is_file():  # the card's figures stay until they are measured again
+        summary["gpu"] = json.loads(previous.read_text()).get("gpu")
+    text = markdown(summary)
+    _write(out / f"{settings.name}.csv", _csv(rows))
+    _write(previous, json.dumps(_clean(summary), indent=1) + "\n")
+    _write(out / f"{settings.name}.md", text)
+    for task in settings.tasks:
+        sheet(work, settings, task, out / f"{settings.name}-{task}.png")
+    if progress:
+        print(text)
+    return summary
+
+
+def fingerprint(settings, models):
+    """16 hex digits of everything that could change a row: settings, the code it runs, the weights."""
+    digest = hashlib.sha256(repr(settings).encode())
+    here = Path(__file__).parent
+    for name in ("attention", "benchmark", "deglad", "depth", "diffusion", "featglac", "inpaint", "latents", "masks",
+                 "metrics", "scenes"):
+        path = here / f"{name}.py"
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    needed = [models.pipe.unet, models.pipe.vae, models.pipe.text_encoder, models.judge]
+    if "inpaint" in settings.mechanisms:
+        needed.append(models.inpaint.unet)
+    for module in needed:
+        for key, value in module.state_dict().items():  # sums, not bytes: a large model is read once, on its device
+            digest.update(f"{key}{float(value.double().sum()) if value.device.type != 'mps' else value.sum()}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _stored(work, models, task, seed, edit):
+    path = work / f"{task}-{seed}.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    rows, pictures = run_case(models, task, seed, edit)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{k: (v[0].clamp(0, 1) * 255).round().byte().numpy() for k, v in pictures.items()})
+    if seed in _sheet_seeds(models.settings):
+        _write(work / f"{task}-{seed}.npz", buffer.getvalue())
+    _write(path, json.dumps(rows))
+    return rows
+
+
+def _sheet_seeds(settings):
+    return scenes.seeds("test", min(SHEET_SCENES, settings.scenes))
+
+
+def _write(path, data):
+    """Write text or bytes by a temporary file and a rename: never half a file."""
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp.write_bytes(data if isinstance(data, bytes) else data.encode())
+    os.replace(tmp, path)
+
+
+def _csv(rows):
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    columns.sort(key=lambda k: ("task", "seed", "mechanism").index(k) if k in ("task", "seed", "mechanism") else 9)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else round(v, 6) if isinstance(v, float) else v
+                         for k, v in row.items()})
+    return text.getvalue()
+
+
+def _clean(x):
+    """NaN -> null and rounded, so that the JSON is valid and its diffs are short."""
+    if isinstance(x, dict):
+        return {k: _clean(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_clean(v) for v in x]
+    if isinstance(x, float):
+        return round(x, 5) if math.isfinite(x) else None
+    return x
+
+
+def machine():
+    """Where it ran: device name, cores, threads, versions, without any path."""
+    import diffusers
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return dict(device=card or f"CPU, {cores} cores, {torch.get_num_threads()} threads", torch=torch.__version__,
+                diffusers=diffusers.__version__, python=platform.python_version(),
+                date=time.strftime("%Y-%m-%d %H:%M", time.gmtime()))
+
+
+# ------------------------------------------------------------------------------------------ summary
+
+def _mean(values):
+    values = [v for v in values if v is not None and not math.isnan(v)]
+    return statistics.fmean(values) if values else float("nan")
+
+
+def summarise(rows, settings):
+    """Means per task and mechanism, paired differences of the mechanisms from every baseline, cost ratios."""
+    summary = dict(name=settings.name, settings=dict(vars(settings)), seeds=scenes.seeds("test", settings.scenes),
+                   tasks={}, cost={})
+    for task in settings.tasks:
+        mine = [r for r in rows if r["task"] == task]
+        names = list(dict.fromkeys(r["mechanism"] for r in mine))
+        by = {n: {r["seed"]: r for r in mine if r["mechanism"] == n} for n in names}
+        means = {n: {k: _mean([r.get(k, float("nan")) for r in by[n].values()])
+                     for k in dict.fromkeys(k for r in by[n].values() for k in r) if k not in ("task", "seed", "mechanism")}
+                 for n in names}
+        summary["tasks"][task] = dict(scenes=len(by[names[0]]), means=means, differences=_differences(by, settings),
+                                      zone_scenes={z: sum(r[f"pixels_{z}"] >= LEAST for r in by[names[0]].values())
+                                                   for z in ZONES})
+    summary["cost"] = _cost(rows, settings)
+    return summary
+
+
+def _differences(by, settings):
+    """{mechanism: {baseline: {zone: interval}}}: paired over scenes, negative = the mechanism is better."""
+    out = {}
+    for m in (m for m in settings.mechanisms if m in MECHANISMS):
+        out[m] = {}
+        for b in settings.mechanisms:
+            if b == m:
+                continue
+            seeds = sorted(by[m])
+            out[m][b] = {k: metrics.paired_bootstrap([by[m][s][k] for s in seeds], [by[b][s][k] for s in seeds])
+                         for k in ("rmse_shadow", "rmse_shading", "feat_dist")}
+    return out
+
+
+def _cost(rows, settings):
+    """Seconds and passes of each mechanism against plain classifier-free sampling, medians of paired ratios."""
+    plain = {(r["task"], r["seed"]): r for r in rows if r["mechanism"] == "plain-cfg"}
+    out = {"plain-cfg": dict(seconds=statistics.median(r["seconds"] for r in plain.values()),
+                             passes=statistics.median(r["passes"] for r in plain.values()))}
+    for m in settings.mechanisms:
+        mine = [r for r in rows if r["mechanism"] == m]
+        pairs = [(r, plain[r["task"], r["seed"]]) for r in mine]
+        out[m] = dict(seconds=statistics.median(r["seconds"] for r in mine),
+                      passes=statistics.median(r["passes"] for r in mine),
+                      times_plain=statistics.median(r["seconds"] / p["seconds"] for r, p in pairs))
+    return out
+
+
+def _f(x, digits=3):
+    return "-" if x is None or math.isnan(x) else f"{x:.{digits}f}"
+
+
+def _db(x):
+    return "-" if x is None or math.isnan(x) or x <= 0 else f"{-20 * math.log10(x):.1f}"
+
+
+def markdown(summary):
+    """The tables as Markdown, from a summary (fresh, or read back from its JSON)."""
+    summary = _revive(summary)
+    s = summary["settings"]
+    lines = [f"Model `{s['model']}`, {s['steps']} steps, guidance {s['guidance_scale']}, "
+             f"{s['scenes']} unseen scenes a task"
+             + (f"; {summary['machine']['device']}, {summary['machine']['date']} UTC" if summary.get("machine") else "")
+             + ".", ""]
+    for task, t in summary["tasks"].items():
+        lines += [f"**{_TITLES[task]}** ({t['scenes']} scenes)", ""] + _score_table(t, s) + [""] + _bound_lines(t) + [""]
+        lines += _difference_table(t) + [""]
+    lines += [_cost_line(summary["cost"], s)]
+    return "\n".join(lines) + "\n"
+
+
+_TITLES = {"insertion": "Object insertion behind an occluder", "compositing": "Scene compositing at a depth"}
+NOTE = ("RMSE against the true picture in its zones (lower is better); outside: before -> after putting untouched pixels "
+        "back. Occlusion order: share of scenes the judge finds right, of those where it is defined.")
+
+
+def _revive(x):
+    """null -> NaN, for numbers read back from JSON."""
+    if isinstance(x, dict):
+        return {k: _revive(v) for k, v in x.items() if k != "gpu"}
+    return float("nan") if x is None else x
+
+
+def _score_table(t, s):
+    m = t["means"]
+    lines = ["| mechanism | shadow | shading | outside | PSNR | SSIM | feat_dist | order | passes | seconds | MB |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for name in s["mechanisms"]:
+        r = m[name]
+        best = f"**{name}**" if name in MECHANISMS else name
+        lines.append(f"| {best} | {_f(r['rmse_shadow'])} | {_f(r['rmse_shading'])} | {_f(r['rmse_outside_before'])} -> "
+                     f"{_f(r['rmse_outside'])} | {_f(r['psnr'], 1)} | {_f(r['ssim'])} | {_f(r['feat_dist'])} | "
+                     f"{_f(r['order'], 2)} | {r['passes']:.0f} | {_f(r['seconds'], 2)} | {r['peak_mb']:.0f} |")
+    lines.append(f"| *true picture* | 0 | 0 | 0 | - | 1 | 0 | {_f(m['vae']['order_truth'], 2)} | | | |")
+    return lines
+
+
+def _bound_lines(t):
+    """What the VAE allows: perfect latents, decoded plainly (= the VAE floor) and as a residual."""
+    m = t["means"]
+    lines = []
+    for name, words in (("vae", "plain decoding of perfect latents (the VAE floor)"),
+                        ("vae-residual", "residual decoding of perfect latents")):
+        zones = ", ".join(f"{z} {_f(m[name][f'rmse_{z}'])} ({_db(m[name][f'rmse_{z}'])} dB)" for z in ZONES
+                          if not math.isnan(m[name][f"rmse_{z}"]))
+        lines.append(f"Bound, {words}: {zones}.  ")
+    return lines
+
+
+def _difference_table(t):
+    lines = ["| difference (95 % interval) | shadow | shading | feat_dist |", "| --- | --- | --- | --- |"]
+    for m, others in t["differences"].items():
+        for b, d in others.items():
+            cells = [f"{d[k]['diff']:+.3f} [{d[k]['low']:+.3f}, {d[k]['high']:+.3f}]" + ("" if d[k]["excludes_zero"] else " ~")
+                     for k in ("rmse_shadow", "rmse_shading", "feat_dist")]
+            lines.append(f"| {m} - {b} | " + " | ".join(cells) + " |")
+    return lines + ["", "Negative: the first is better. ~ the interval holds 0."]
+
+
+def _cost_line(cost, s):
+    plain = cost["plain-cfg"]
+    line = (f"Cost: plain classifier-free sampling, {s['steps']} steps: {plain['seconds']:.2f} s, "
+            f"{plain['passes']:.0f} U-Net passes.")
+    for m in MECHANISMS:
+        if m in cost:
+            goal = " (goal: <= 2.0)" if m == "inject" else ""
+            line += f" `{m}`, inversion included: {cost[m]['times_plain']:.2f} x its time{goal}, {cost[m]['passes']:.0f} passes."
+    return line
+
+
+def sheet(work, settings, task, path):
+    """The picture sheet of a task, at most 150 kB: a row of labelled pictures for each of the first scenes."""
+    from lib import show
+    images, labels, columns = [], [], 0
+    for seed in _sheet_seeds(settings):
+        with np.load(work / f"{task}-{seed}.npz") as stored:
+            for name in stored.files:
+                images.append(torch.from_numpy(stored[name])[None].float() / 255)
+                labels.append(name)
+            columns = len(stored.files)
+    return show.sheet(images, labels, path, columns=columns if columns <= 7 or columns % 2 else columns // 2,
+                      title=f"{_TITLES[task]} - model {Path(settings.model).name}")
+
+
+# ------------------------------------------------------------------------------------------ the README's tables
+
+def newest(folder=None):
+    """The newest stored full result (never a smoke run), by the date inside: (Path, summary)."""
+    from lib import setup
+    folder = Path(folder) if folder else setup.data_dir() / "benchmark"
+    found = [(json.loads(p.read_text()), p) for p in sorted(folder.glob("*.json"))]
+    found = [(s["machine"]["date"], p, s) for s, p in found if "tasks" in s and not s["settings"]["smoke"]]
+    if not found:
+        raise FileNotFoundError(f"no stored benchmark in {folder.name}/: run `python -m lib.benchmark` first")
+    return max(found, key=lambda f: (f[0], str(f[1])))[1:]
+
+
+def readme(path=None, folder=None):
+    """Rewrite what stands between the README's markers <!-- benchmark:begin --> and <!-- benchmark:end -->."""
+    from lib import setup
+    path = Path(path) if path else setup.root() / "README.md"
+    source, summary = newest(folder)
+    body = f"{NOTE}\n\n{markdown(summary)}\n{gpu_line(summary.get('gpu'))}\n"
+    _between(path, "benchmark", body)
+    return source
+
+
+def _between(path, name, body):
+    """Replace the text between <!-- NAME:begin --> and <!-- NAME:end --> of a file."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path.name} to write the {name} tables into")
+    text = path.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{path.name} needs one line {begin} and after it one line {end}: add them where the tables go")
+    before, rest = text.split(begin)
+    _write(path, f"{before}{begin}\n{body.strip()}\n{end}{rest.split(end)[1]}")
+
+
+# ------------------------------------------------------------------------------------------ the model cards
+
+def measure_models(n=200, names=("mini", "mini-depth", "judge", "mini-inpaint"), folder=None, steps=50, **options):
+    """Measure the named models on n unseen scenes and write the figures into each folder's card.json ("quality") and
+    README.md. Models that are not there are said and left out. Returns {name: figures}."""
+    from lib import models, setup
+    folder = Path(folder) if folder else setup.data_dir() / "models"
+    done = {}
+    for name in names:
+        if not (folder / name).is_dir():
+            print(f"{name}: not there, left out")
+            continue
+        start = time.perf_counter()
+        done[name] = _quality_of(name, folder, models, n, steps, options)
+        done[name].update(minutes=round((time.perf_counter() - start) / 60, 1), measured=time.strftime("%Y-%m-%d", time.gmtime()))
+        write_card(folder / name, done[name])
+        print(f"{name}: {json.dumps(_clean(done[name]))}", flush=True)
+    return done
+
+
+def _quality_of(name, folder, models, n, steps, options):
+    place = str(folder / name)
+    if name == "mini-depth":
+        return metrics.depth_quality(models.load_depth(place), n)
+    if name == "judge":
+        return metrics.judge_quality(metrics.Judge.load(place), n)
+    pipe, judge = models.load(place), metrics.Judge.load(folder / "judge")
+    if name == "mini-inpaint":
+        return metrics.inpaint_quality(pipe, judge, n, **{"steps": max(2, steps // 2), **options.get(name, {})})
+    return {**{f"vae_{k}": v for k, v in metrics.vae_quality(pipe, n).items()},
+            **metrics.prompts_obeyed(pipe, judge, n, steps, **options.get(name, {}))}
+
+
+#: figure, words, goal, and whether more is better: what a card shows of DESIGN 4's table
+GOALS = {"vae_psnr": ("VAE, PSNR over the picture (dB)", 34, True),
+         "vae_psnr_objects": ("VAE, PSNR inside objects (dB)", 28, True),
+         "obeyed": ("prompts obeyed", .90, True), "obeyed_seen_pairs": ("... pairs seen in training", None, True),
+         "obeyed_unseen_pairs": ("... pairs never seen", None, True),
+         "obeyed_true_renders": ("the judge's score on true renders of the same prompts", None, True),
+         "kind_miou": ("kind, mean IoU", .85, True), "colour_miou": ("colour, mean IoU", None, True),
+         "abs_rel": ("depth, AbsRel", .05, False), "delta1": ("depth, delta1", .97, True),
+         "feat_dist_model": ("feat_dist of one sample", None, False), "feat_dist_telea": ("... Telea", None, False),
+         "feat_dist_biharmonic": ("... biharmonic", None, False),
+         "psnr_model": ("PSNR in the hole, mean of four samples (dB)", None, True),
+         "psnr_telea": ("... Telea", None, True), "psnr_biharmonic": ("... biharmonic", None, True)}
+
+
+def quality_table(figures):
+    """A card's figures beside the goals, as Markdown."""
+    lines = ["| measured on unseen scenes | value | goal |", "| --- | --- | --- |"]
+    for key, (words, goal, more) in GOALS.items():
+        if key not in figures:
+            continue
+        judge_depth = key == "abs_rel" and "kind_miou" in figures
+        goal = None if judge_depth else goal
+        if goal is None and key in ("feat_dist_model", "psnr_model"):
+            kind = key.split("_model")[0]
+            others = [figures[f"{kind}_telea"], figures[f"{kind}_biharmonic"]]
+            goal = max(others) if more else min(others)
+        word = "" if goal is None else f"{'>=' if more else '<='} {goal:.4g}"
+        if goal is not None:
+            reached = figures[key] >= goal if more else figures[key] <= goal
+            word += " (reached)" if reached else " (not reached)"
+        lines.append(f"| {words} | {figures[key]:.4g} | {word} |")
+    size = figures.get("scenes") or figures.get("captions")
+    return "\n".join(lines + ["", f"{size} scenes; `python -m lib.benchmark models`, {figures.get('measured', '')}."])
+
+
+def write_card(folder, figures):
+    """Merge figures into card.json under "quality"; put the table between the README.md's quality markers (added at
+    the end when they are missing). Atomic."""
+    path, text = Path(folder) / "card.json", Path(folder) / "README.md"
+    card = json.loads(path.read_text()) if path.is_file() else {}
+    card["quality"] = {**card.get("quality", {}), **_clean(figures)}
+    _write(path, json.dumps(card, indent=2) + "\n")
+    old = text.read_text() if text.is_file() else f"# {Path(folder).name}\n"
+    if "<!-- quality:begin -->" not in old:
+        old = old.rstrip() + "\n\n## Measured quality\n\n<!-- quality:begin -->\n<!-- quality:end -->\n"
+        _write(text, old)
+    _between(text, "quality", quality_table(figures))
+
+
+# ------------------------------------------------------------------------------------------ on a GPU, at SD 1.5's size
+
+SD15 = dict(unet=dict(sample_size=64, cross_attention_dim=768),
+            vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+                     down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4),
+            text=dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                      vocab_size=49408, projection_dim=768))
+TINY = dict(unet=dict(sample_size=8, cross_attention_dim=32, block_out_channels=(32, 32, 64, 64), layers_per_block=1,
+                      norm_num_groups=8),
+            vae=dict(SD15["vae"], block_out_channels=(8, 8, 16, 16), layers_per_block=1, sample_size=64,
+                     norm_num_groups=4),
+            text=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=49408,
+                      projection_dim=32))
+
+
+def random_sd(config=None, device="cpu", dtype=torch.float32, seed=0):
+    """A StableDiffusionPipeline of SD 1.5's shape with random weights (speed does not depend on them). Nothing is
+    fetched; the tokenizer is the mini's, whose ids are valid for the larger vocabulary too."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from lib import train
+    config = config or SD15
+    torch.manual_seed(seed)
+    with torch.device(device):
+        unet = UNet2DConditionModel(**config["unet"])
+        vae = AutoencoderKL(**config["vae"])
+        text = CLIPTextModel(CLIPTextConfig(**config["text"]))
+    parts = [m.to(device, dtype).eval().requires_grad_(False) for m in (unet, vae, text)]
+    pipe = StableDiffusionPipeline(unet=parts[0], vae=parts[1], text_encoder=parts[2], tokenizer=train.make_tokenizer(),
+                                   scheduler=train.make_scheduler(), safety_checker=None, feature_extractor=None,
+                                   requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def matrix_peak(device, dtype, size=8192, seconds=2.0):
+    """Measured FLOP/s of one large matrix product."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    _wait(device)
+    start, n = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        for _ in range(5):
+            a @ b
+        _wait(device)
+        n += 5
+    return 2 * size ** 3 * n / (time.perf_counter() - start)
+
+
+def _wait(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def unet_flops(pipe):
+    """Floating-point operations of one U-Net pass of one sample, counted by torch."""
+    from torch.utils.flop_counter import FlopCounterMode
+    size = pipe.unet.config.sample_size
+    z = torch.zeros(1, 4, size, size, device=pipe.unet.device, dtype=pipe.unet.dtype)
+    text = diffusion.embed(pipe, "")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        diffusion.predict(pipe, z, 1, text)
+    return counter.get_total_flops()
+
+
+def gpu(config=None, device=None, steps=50, repeats=3, peak_size=8192):
+    """Plain sampling, inject and guide on a random pipeline of SD 1.5's size at 512x512 in half precision.
+
+    Returns a dict with the card's name, measured matrix peak and, for each, seconds per image (median), peak memory
+    (MB), U-Net passes, and the share of the peak that the U-Net passes reach. Without a CUDA card (and no device
+    given) it returns {"card": None} at once: this size is not for a CPU."""
+    if device is None and not torch.cuda.is_available():
+        return dict(card=None, note="no GPU was at hand", date=time.strftime("%Y-%m-%d", time.gmtime()))
+    from lib import depth, featglac
+    device = torch.device(device or "cuda")
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    pipe = random_sd(config, device, dtype)
+    side = pipe.unet.config.sample_size * latents.factor(pipe)
+    peak, flops = matrix_peak(device, dtype, peak_size), unet_flops(pipe)
+    generator = torch.Generator("cpu").manual_seed(0)
+    image = torch.rand(1, 3, side, side, generator=generator)
+    ramp = depth.from_metric(torch.linspace(1, 8, side).view(1, 1, side, 1).expand(1, 1, side, side).contiguous(),
+                             near=1.0, far=8.0)
+    cutout = torch.zeros(1, 4, side, side)
+    cutout[..., side // 4:side // 2, side // 4:side // 2] = 1
+
+    def plain():
+        with diffusion.count_passes(pipe.unet) as passes:
+            latents.decode(pipe, diffusion.sample(pipe, "a red chair", steps, 7.5, generator=generator))
+        return passes.total
+
+    def edit(mechanism):
+        return lambda: featglac.insert_object(pipe, image, ramp, cutout, "a red chair", at="3m", mechanism=mechanism,
+                                              steps=steps, generator=generator).passes
+
+    rows = {}
+    for name, work in (("plain", plain), ("inject", edit("inject")), ("guide", edit("guide"))):
+        rows[name] = _timed(work, device, repeats, flops, peak)
+        print(f"{name}: {json.dumps(_clean(rows[name]))}", flush=True)
+    for row in rows.values():
+        row["times_plain"] = row["seconds"] / rows["plain"]["seconds"]
+    return dict(card=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", dtype=str(dtype)[6:],
+                size=side, steps=steps, matrix_peak_tflops=peak / 1e12, unet_gflops=flops / 1e9, rows=rows,
+                torch=torch.__version__, date=time.strftime("%Y-%m-%d", time.gmtime()))
+
+
+def _timed(work, device, repeats, flops, peak):
+    """Median seconds of a job after one warm-up, its passes, peak memory, and the share of the matrix peak."""
+    work()
+    _wait(device)
+    seconds = []
+    with Peak() as memory:
+        for _ in range(repeats):
+            start = time.perf_counter()
+            passes = work()
+            _wait(device)
+            seconds.append(time.perf_counter() - start)
+    middle = statistics.median(seconds)
+    return dict(seconds=middle, passes=passes, peak_mb=memory.mb, share_of_peak=passes * flops / middle / peak)
+
+
+def gpu_line(result):
+    """The GPU's figures as Markdown; says so when none was at hand."""
+    if not result or not result.get("card"):
+        return ("On a GPU (SD 1.5's size, 512x512, half precision, random weights): none was at hand when this table was "
+                "made; `python -m lib.benchmark gpu` measures it.")
+    lines = [f"SD 1.5's size, {result['size']}x{result['size']}, {result['dtype']}, random weights, {result['steps']} steps, on "
+             f"{result['card']} (matrix peak measured: {result['matrix_peak_tflops']:.0f} TFLOP/s):", "",
+             "| | seconds/image | x plain | U-Net passes | peak memory | share of matrix peak |", "| --- | --- | --- | --- | --- | --- |"]
+    for name, r in result["rows"].items():
+        lines.append(f"| {name} | {r['seconds']:.2f} | {r['times_plain']:.2f} | {r['passes']} | {r['peak_mb'] / 1024:.1f} GiB | "
+                     f"{100 * r['share_of_peak']:.0f} % |")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+def _parser():
+    p = argparse.ArgumentParser(prog="python -m lib.benchmark", description="Measure edits against exact truth.")
+    p.add_argument("what", nargs="?", default="run", choices=("run", "readme", "models", "gpu"))
+    p.add_argument("--scenes", type=int, default=32, help="unseen scenes for each task")
+    p.add_argument("--steps", type=int, default=None, help="sampling steps (default 50; smoke 4)")
+    p.add_argument("--smoke", action="store_true", help="2 scenes and few steps: does it run?")
+    p.add_argument("--out", default=None, help="folder for the results (default: data/benchmark)")
+    p.add_argument("--mechanisms", nargs="+", default=None, help="some of: " + ", ".join(BASELINES + MECHANISMS))
+    p.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    p.add_argument("--seed", type=int, default=0, help="of the noise; the scenes are always the same")
+    p.add_argument("--model", default="mini")
+    p.add_argument("--n", type=int, default=200, help="models: scenes for each figure")
+    p.add_argument("--names", nargs="+", default=None, help="models: which (default: all)")
+    return p
+
+
+def main(words=None):
+    args = _parser().parse_args(words)
+    try:
+        return _main(args)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def _main(args):
+    from lib import setup
+    if args.what == "readme":
+        print(f"README written from {readme().name}")
+    elif args.what == "models":
+        measure_models(args.n, **({"names": tuple(args.names)} if args.names else {}), steps=args.steps or 50)
+    elif args.what == "gpu":
+        store_gpu(gpu(steps=args.steps or 50), args.out)
+    else:
+        setup.configure(args.model if args.model in ("mini",) else "mini")  # sets torch's threads
+        settings = Settings(model=args.model, scenes=2 if args.smoke else args.scenes, smoke=args.smoke, seed=args.seed,
+                            steps=args.steps or (4 if args.smoke else 50), tasks=tuple(args.tasks),
+                            mechanisms=tuple(args.mechanisms or BASELINES + MECHANISMS))
+        run(settings, out=args.out)
+    return 0
+
+
+def store_gpu(result, folder=None):
+    """Write gpu.json, and the figures into the newest stored benchmark so that the README's table names the card."""
+    from lib import setup
+    folder = Path(folder) if folder else setup.data_dir() / "benchmark"
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "gpu.json", json.dumps(_clean(result), indent=1) + "\n")
+    try:
+        path, summary = newest(folder)
+    except FileNotFoundError:
+        path = None
+    if path:
+        summary["gpu"] = _clean(result)
+        _write(path, json.dumps(summary, indent=1) + "\n")
+    print(gpu_line(result))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
