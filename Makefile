@@ -41,7 +41,7 @@ no_python = { echo "No Python 3.11 or newer was found. Install one, or name it: 
 		$(BIN) -m pip install -q --ignore-installed -c build/constraints.txt jupyterlab ipykernel ipywidgets anywidget; \
 	fi; \
 	$(BIN) -m pip install -q --disable-pip-version-check -c build/constraints.txt hatchling editables; \
-	$(BIN) -m pip install -q --disable-pip-version-check -c build/constraints.txt --no-build-isolation -e .; \
+	$(BIN) -m pip install -q --disable-pip-version-check -c build/constraints.txt --no-build-isolation -e ".[test]"; \
 	$(BIN) -m ipykernel install --sys-prefix --name python3 >/dev/null 2>&1; \
 	touch $@
 
@@ -58,7 +58,7 @@ EDIT := IMAGE DEPTH AT INSERT PROMPT OUTPUT MODEL SEED SMOKE MECHANISM
 GIVEN = $(foreach name,$(EDIT),$(if $(findstring command line,$(origin $(name))),$(name)))
 edit: .venv/ready
 	@$(if $(IMAGE),,echo 'error: which picture? make edit IMAGE=photo.jpg AT=0.5 INSERT=cutout.png' >&2; exit 1;) \
-	$(BIN) -m lib.setup run notebooks/edit.ipynb build/edit.ipynb --env $(GIVEN) \
+	$(BIN) -m lib.setup run notebooks/edit.ipynb build/edit.ipynb --env $(strip $(GIVEN)) \
 		--paths IMAGE DEPTH INSERT OUTPUT --at "$(CALLER)"
 
 train: .venv/ready
