@@ -669,8 +669,10 @@ def _export_judge(folder: Path) -> None:
 
 _EXPORT = {"mini": lambda f: _export_pipeline(f, False), "mini-inpaint": lambda f: _export_pipeline(f, True),
            "mini-depth": _export_depth, "judge": _export_judge}
-RECIPES = {"vae": train_vae, "depth": train_depth, "judge": train_judge, "unet": train_unet,
-           "decoder": lambda *a, **k: train_vae(*a, decoder_only=True, **k), "inpaint": train_inpaint}
+#: Minutes of each recipe where neither --minutes nor --steps is given: a sensible evening on two cores.
+MINUTES = {"vae": 60, "decoder": 45, "depth": 25, "judge": 25, "unet": 120, "inpaint": 60}
+RECIPES = {"vae": train_vae, "decoder": lambda *a, **k: train_vae(*a, decoder_only=True, **k), "depth": train_depth,
+           "judge": train_judge, "unet": train_unet, "inpaint": train_inpaint}
 
 
 def main(argv=None) -> None:
@@ -685,15 +687,14 @@ def main(argv=None) -> None:
     parser.add_argument("--only", nargs="*", default=list(_EXPORT), choices=list(_EXPORT), help="models to export")
     args = parser.parse_args(argv)
     jobs = ["corpus", *RECIPES, "export"] if "all" in args.what else args.what
-    if any(j in RECIPES for j in jobs) and not (args.minutes or args.steps):
-        parser.error("say how long: --minutes M or --steps N for each recipe")
     for job in jobs:
         if job == "corpus":
             corpus(args.scenes, args.device)
         elif job == "export":
             export(args.out, args.only)
         else:
-            RECIPES[job](args.minutes, args.steps, args.device, **({"batch": args.batch} if args.batch else {}))
+            minutes = args.minutes or (0 if args.steps else MINUTES[job])
+            RECIPES[job](minutes, args.steps, args.device, **({"batch": args.batch} if args.batch else {}))
 
 
 if __name__ == "__main__":
