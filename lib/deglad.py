@@ -193,22 +193,31 @@ def soft_edges(image, depth, d, radius=1.0) -> torch.Tensor:
     depth = fill_holes(as_depth_map(depth))
     z = depth.values
     hard = (z < d).float()
-    slope, jump = _slope_and_jump(z, d)
-    through = (0.5 + (d - z) / slope.clamp(min=1e-5)).clamp(0, 1)
     r = max(1, round(radius))
+    slope, jump = _slope_and_jump(z, d, r)
+    through = (0.5 + (d - z) / slope.clamp(min=1e-5)).clamp(0, 1)
     band = dilate(hard, r) - erode(hard, r)
-    alpha = torch.where(dilate(jump.float(), r) > 0, _colour_alpha(image, hard, radius), through)
+    alpha = torch.where(jump, _colour_alpha(image, hard, radius), through)
     return torch.where(band > 0, alpha, hard)
 
 
-def _slope_and_jump(z, d):
-    """How much depth changes along a surface per pixel, and where it jumps across d instead."""
+def _slope_and_jump(z, d, r):
+    """How much depth changes per pixel along a surface (B, 1, H, W), and where it jumps across d instead.
+
+    A jump, even one that a model has blurred over r pixels, is a range much larger than the smallest slope
+    nearby explains; on a floor the two agree.
+    """
     p = F.pad(z, (1, 1, 1, 1), mode="replicate")
     left, right, up, down = ((x - z).abs() for x in (p[..., 1:-1, :-2], p[..., 1:-1, 2:],
                                                      p[..., :-2, 1:-1], p[..., 2:, 1:-1]))
     slope = torch.minimum(left, right) + torch.minimum(up, down)     # the smaller side looks past a jump
-    high, low = F.max_pool2d(p, 3, 1), -F.max_pool2d(-p, 3, 1)
-    return slope, (high >= d) & (low < d) & (high - low > 4 * slope + 0.01)
+    high, low = _highest(z, r), -_highest(-z, r)
+    smallest = -_highest(-slope, r + 1)
+    return slope, (high >= d) & (low < d) & (high - low > 4 * r * smallest + 0.03)
+
+
+def _highest(x, r):
+    return F.max_pool2d(F.pad(x, (r, r, r, r), mode="replicate"), 2 * r + 1, 1)
 
 
 def _colour_alpha(image, hard, radius, tau=0.05, off_line=5.0):
