@@ -11,7 +11,7 @@ How a lesson adds an exercise (lessons keep theirs in lib/checks_<lesson>.py, wh
         cases=lambda g: [(torch.rand(1, 3, 4, 4, generator=g),)],   # fresh, seeded argument tuples
         wrongs=[Wrong("halved", lambda x: x / 2, "You halve the picture; the task is to double it.")],
         hints=["What is x + x?"],
-        source="lib.show:over",                          # what reveal() shows
+        source="lib.show:over",                          # what reveal() shows; several: "a:b c:d"
         praise="The picture is twice as bright."))
 
 A `Wrong` is recognised when its `answer` gives what the reader's function gave, on every case.
@@ -307,14 +307,18 @@ def hint(name, k=1):
 
 
 def source_of(name):
-    """The source text of the library function that answers an exercise."""
-    module, _, function = find(name).source.partition(":")
-    return inspect.getsource(getattr(importlib.import_module(module), function))
+    """The source text of the functions that answer an exercise: the answer, then where the library uses it."""
+    parts = []
+    for place in find(name).source.split():
+        module, _, function = place.partition(":")
+        text = inspect.getsource(getattr(importlib.import_module(module), function))
+        parts.append(f"# {place.replace(':', '.')}\n{textwrap.dedent(text)}")
+    return "\n\n".join(parts)
 
 
 def reveal(name):
     """Show the library's own source for an exercise."""
-    text = f"# {find(name).source.replace(':', '.')}\n{textwrap.dedent(source_of(name))}"
+    text = source_of(name)
     try:
         from IPython import get_ipython
         from IPython.display import Code, display

@@ -17,7 +17,7 @@ def _metres_cases(g):
 
 
 register(Check(
-    name="metres_to_depth", reference=metres_to_depth, cases=_metres_cases, source="lib.checks_00:metres_to_depth",
+    name="metres_to_depth", reference=metres_to_depth, cases=_metres_cases, source="lib.checks_00:metres_to_depth lib.scenes:to_depth01",
     praise="Right: 0 is near, 1 is far, and whatever lies outside the room stays at the end of the scale.",
     hints=["Which z should give 0, and which should give 1? Write the straight line through these two points.",
            "(z - near) / (far - near) is that line. What does it give for z = 0.5 m, when near is 1 m?",
@@ -56,7 +56,7 @@ def _mask_cases(g):
 
 
 register(Check(
-    name="foreground_mask", reference=foreground_mask, cases=_mask_cases, source="lib.checks_00:foreground_mask",
+    name="foreground_mask", reference=foreground_mask, cases=_mask_cases, source="lib.checks_00:foreground_mask lib.deglad:nearer",
     praise="Right: foreground is strictly nearer than d, so every pixel belongs to exactly one layer.",
     hints=["0 is near. Is a foreground pixel's depth smaller or larger than d?",
            "A comparison such as depth < d gives True and False; a mask in this course is float, 1 and 0.",
@@ -106,7 +106,7 @@ _right_alpha = lambda alpha, depth, at: alpha * (depth >= at)
 _right_blend = lambda colour, a, image: colour * a + image * (1 - a)
 
 register(Check(
-    name="paste_at_depth", reference=paste_at_depth, cases=_paste_cases, source="lib.checks_00:paste_at_depth",
+    name="paste_at_depth", reference=paste_at_depth, cases=_paste_cases, source="lib.checks_00:paste_at_depth lib.featglac:over",
     praise="Right: the table hides the chair, and half-covered pixels at the edge mix both colours.",
     hints=["Start without depth: a = layer[:, 3:], then out = colour * a + image * (1 - a).",
            "The layer is hidden where the scene is nearer, depth < at. What must a be there?",

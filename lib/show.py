@@ -357,6 +357,14 @@ def tile(images, labels, columns=None, scale=None, title=None):
     return _draw_sheet(flat, labels, columns, scale, title)
 
 
+def table(rows, header):
+    """Rows of text and numbers (floats get 3 decimals) -> a Markdown table for the notebook."""
+    from IPython.display import Markdown
+    text = lambda v: f"{v:.3f}" if isinstance(v, float) else str(v)
+    lines = [list(header), ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return Markdown("\n".join("| " + " | ".join(map(text, line)) + " |" for line in lines))
+
+
 def sheet(images, labels, path, columns=None, scale=None, title=None, max_bytes=MAX_FIGURE_BYTES):
     """Write one labelled PNG of many pictures: the benchmark's sheets and the files in figures/.
 
@@ -398,6 +406,43 @@ def _draw_sheet(flat, labels, columns, scale, title):
         canvas.paste(picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST),
                      (left, upper + top))
     return canvas
+
+
+# ---------------------------------------------------------------- what every lesson's card and map say
+
+COURSE = {"00": "Start here: the world, the convention, one edit", "01": "Latent space", "02": "Self-attention",
+          "03": "Diffusion from scratch", "04": "Inpainting", "05": "Image completion, trained",
+          "06": "Depth", "07": "Layers at a depth (DeGLaD)", "08": "Feature injection",
+          "09": "FeatGLaC: composing the layers", "10": "Editing with a reference", "11": "Transparent layers",
+          "12": "Measuring an edit", "14": "From video to a batch", "15": "25,000 images on two GPUs"}
+
+
+def run_time(lesson):
+    """The card's line on measured run time, from data/times.json (`make times` writes it)."""
+    from IPython.display import Markdown
+
+    from lib import setup
+    measured = setup.times()
+    row, machine = measured.get("lessons", {}).get(lesson), measured.get("machine", {})
+    if not row:
+        return Markdown("**Measured run time:** not measured yet (`make times` does it).")
+    where = f"{machine.get('cpu_cores', '?')} CPU cores" if machine.get("device", "cpu") == "cpu" else machine["device"]
+    return Markdown(f"**Measured run time:** {row['seconds']:.0f} s and at most {row['memory_gb']:.1f} GB of memory, "
+                    f"on {where}.")
+
+
+def course_map(here="00"):
+    """The lessons: a link where the notebook exists now, plain words where it is still to come."""
+    from IPython.display import Markdown
+
+    from lib import setup
+    files = {path.name[:2]: path.name for path in setup.lessons()}
+    lines = []
+    for number in sorted(set(COURSE) | set(files)):
+        title = COURSE.get(number) or files[number][3:-6].replace("_", " ")
+        link = f"[{number} · {title}]({files[number]})" if number in files else f"{number} · {title} *(to come)*"
+        lines.append(f"* **{link}** you are here" if number == here else f"* {link}")
+    return Markdown("\n".join(lines))
 
 
 # ---------------------------------------------------------------- figures/

@@ -193,6 +193,14 @@ def test_a_result_is_shown_once_in_a_notebook():
 def test_the_answers_agree_with_the_library():
     """Lesson 00's answers are the library's own conventions."""
     from lib import scenes
-    z = torch.linspace(0.1, 12, 50).view(1, 1, 5, 10)
+    from lib import deglad, depth, featglac, train
+    g = torch.Generator().manual_seed(3)
+    z = torch.rand(1, 1, 128, 128, generator=g) * 12 + 0.1
     ours = checks.find("metres_to_depth").reference(z, scenes.NEAR, scenes.FAR)
-    assert torch.allclose(ours, scenes.to_depth01(z))
+    theirs = depth.from_metric(z, near=scenes.NEAR, far=scenes.FAR)
+    assert torch.allclose(ours, scenes.to_depth01(z)) and torch.allclose(ours, theirs.values, atol=1e-6)
+    assert torch.equal(checks.find("foreground_mask").reference(ours, 0.5), deglad.nearer(theirs, 0.5))
+    image, layer = (torch.rand(1, c, 128, 128, generator=g) for c in (3, 4))
+    edit = featglac.insert_object(train.tiny_pipeline(), image, theirs, layer, "", 0.5, mechanism="alpha")
+    ours = checks.find("paste_at_depth").reference(image, theirs.values, layer, 0.5)
+    assert torch.allclose(ours, edit.image, atol=1e-6)

@@ -273,3 +273,26 @@ def test_png_metadata_text_does_not_matter(tmp_path, picture):
     info.add_text("Comment", "x" * 5000)
     save(picture, tmp_path / "a.png", pnginfo=info)
     assert torch.equal(show.read_image(tmp_path / "a.png"), show.to_tensor(picture))
+
+
+def test_table_and_run_time_and_map(monkeypatch):
+    from pathlib import Path
+
+    from lib import setup
+    assert show.table([["paste", 0.12345, 3]], ["method", "error", "n"]).data.endswith("| paste | 0.123 | 3 |")
+    monkeypatch.setattr(setup, "times", dict)
+    assert "not measured yet" in show.run_time("00").data
+    monkeypatch.setattr(setup, "times", lambda: {"machine": {"cpu_cores": 2, "device": "cpu"},
+                                                 "lessons": {"00": {"seconds": 41.6, "memory_gb": 1.23}}})
+    assert "42 s and at most 1.2 GB of memory, on 2 CPU cores" in show.run_time("00").data
+    monkeypatch.setattr(setup, "lessons", lambda: [Path("00_start_here.ipynb"), Path("07_deglad.ipynb")])
+    text = show.course_map().data
+    assert "(07_deglad.ipynb)" in text and "06 · Depth *(to come)*" in text and "(06" not in text
+
+
+def test_a_missing_stored_picture_says_how_to_make_it(monkeypatch, tmp_path):
+    from lib import setup
+    monkeypatch.setattr(setup, "figures_dir", lambda: tmp_path)
+    assert "make figures" in show.figure("00_nothing").data
+    show.save_image(torch.rand(1, 3, 8, 8), tmp_path / "00_there.png")
+    assert show.figure("00_there").data[:4] == b"\x89PNG"
