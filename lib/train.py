@@ -1,4 +1,4 @@
-"""Recipes of the mini models: `python -m lib.train corpus|vae|decoder|depth|judge|unet|inpaint|export|all`.
+"""Recipes of the mini models: `python -m lib.train corpus|vae|decoder|depth|judge|unet|inpaint|export|pack|unpack|all`.
 
 Every recipe is resumable (checkpoints in .cache/train), keeps an exponential moving average, logs to CSV and runs
 on a CPU or a GPU; `--minutes` and `--steps` bound one call. The corpus is rendered once from training seeds and kept
@@ -218,14 +218,16 @@ class Run:
         self._resume()
 
     def _resume(self) -> None:
-        path = self.folder / "last.pt"
-        if not path.exists():
+        state = checkpoint(self.name, self.device)
+        if state is None:
             return
-        state = torch.load(path, map_location=self.device, weights_only=True)
         for key, model in self.models.items():
             model.load_state_dict(state["models"][key])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.ema.load_state_dict(state["ema"])
+        if "optimiser" in state:                                          # a packed checkpoint has averaged weights only
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.ema.load_state_dict(state["ema"])
+        else:
+            self.ema.shadow_params = [p.detach().clone() for p in self.params]
         self.step, self.before = state["step"], state["seconds"]
         print(f"{self.name}: resumed at step {self.step} after {self.before / 60:.1f} minutes")
 
@@ -289,24 +291,87 @@ def _autocast(device):
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
+def checkpoint(name: str, device="cpu") -> dict | None:
+    """The newest state of a run: last.pt (weights, optimiser, EMA), else packed.safetensors (averaged weights), else None."""
+    path = CACHE / name / "last.pt"
+    if path.exists():
+        return torch.load(path, map_location=device, weights_only=True)
+    path = CACHE / name / "packed.safetensors"
+    if not path.exists():
+        return None
+    from safetensors import safe_open
+    models: dict[str, dict] = {}
+    with safe_open(path, "pt") as f:
+        for key in f.keys():
+            model, _, rest = key.partition("/")
+            tensor = f.get_tensor(key).to(device)
+            models.setdefault(model, {})[rest] = tensor.float() if tensor.is_floating_point() else tensor
+        said = f.metadata()
+    return {"models": models, "step": int(said["step"]), "seconds": float(said["seconds"])}
+
+
 def averaged(name: str, **models: torch.nn.Module) -> tuple[dict, dict]:
     """Load a run's EMA weights into fresh models. Returns them (eval, frozen) and {step, seconds}.
 
-    With several models, pass all that were trained together, in the order of the run."""
+    With several models, pass all that were trained together, in the order of the run; what the run held frozen must
+    not require gradients."""
     from diffusers.training_utils import EMAModel
-    path = CACHE / name / "last.pt"
-    if not path.exists():
+    state = checkpoint(name)
+    if state is None:
         raise FileNotFoundError(f"no checkpoint of {name!r}: run `python -m lib.train {name}` first")
-    state = torch.load(path, map_location="cpu", weights_only=True)
     for key, model in models.items():
         model.load_state_dict(state["models"][key])
-    params = [p for m in models.values() for p in m.parameters() if p.requires_grad]
-    ema = EMAModel(params)
-    ema.load_state_dict(state["ema"])
-    ema.copy_to(params)
+    if "ema" in state:
+        params = [p for m in models.values() for p in m.parameters() if p.requires_grad]
+        ema = EMAModel(params)
+        ema.load_state_dict(state["ema"])
+        ema.copy_to(params)
     for m in models.values():
         m.requires_grad_(False).eval()
     return models, {"step": state["step"], "seconds": round(state["seconds"])}
+
+
+def _fresh(name: str) -> dict[str, torch.nn.Module]:
+    """Untrained models of a run, with the same parameters trainable as in the run."""
+    from .metrics import Judge
+    if name == "unet":
+        return {"unet": make_unet(), "text": make_text(make_tokenizer())}
+    if name == "decoder":
+        vae = make_vae()
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+        return {"vae": vae}
+    return {"vae": lambda: {"vae": make_vae()}, "depth": lambda: {"depth": make_depth()},
+            "judge": lambda: {"judge": Judge()}, "inpaint": lambda: {"unet": make_unet(9)}}[name]()
+
+
+def pack(out: Path) -> None:
+    """Every run's averaged weights in half precision, one small safetensors file each, and all logs in one JSON: what
+    a machine that is lent for minutes can hand back. `unpack` puts them where the recipes go on from."""
+    from safetensors.torch import save_file
+    out.mkdir(parents=True, exist_ok=True)
+    logs = {}
+    for name in RECIPES:
+        if checkpoint(name) is None:
+            continue
+        models, said = averaged(name, **_fresh(name))
+        tensors = {f"{key}/{k}": (v.half() if v.is_floating_point() else v).contiguous()
+                   for key, m in models.items() for k, v in m.state_dict().items()}
+        save_file(tensors, out / f"{name}.safetensors", {k: str(v) for k, v in said.items()})
+        log = CACHE / name / "log.csv"
+        logs[name] = log.read_text() if log.exists() else ""
+    (out / "logs.json").write_text(json.dumps(logs))
+
+
+def unpack(source: Path) -> None:
+    """Make packed weights the newest checkpoints (an older last.pt of the same run is removed)."""
+    logs = json.loads((source / "logs.json").read_text())
+    for name, log in logs.items():
+        folder = CACHE / name
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / f"{name}.safetensors", folder / "packed.safetensors")
+        (folder / "last.pt").unlink(missing_ok=True)
+        (folder / "log.csv").write_text(log)
 
 
 # ---------------------------------------------------------------------------------------------- recipes
@@ -494,10 +559,8 @@ def frozen_vae(decoder: bool = True):
     Takes the decoder of the later `decoder` run when there is one."""
     vae = make_vae()
     averaged("vae", vae=vae)
-    if decoder and (CACHE / "decoder" / "last.pt").exists():
-        vae.requires_grad_(True)
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
+    if decoder and checkpoint("decoder"):
+        vae = _fresh("decoder")["vae"]
         averaged("decoder", vae=vae)
     with torch.no_grad():
         data = Corpus(wild=False)
@@ -639,8 +702,7 @@ def _export_pipeline(folder: Path, inpaint: bool) -> None:
         _, runs["inpaint"] = averaged("inpaint", unet=parts["unet"])
     vae = frozen_vae()
     for name in ("vae", "decoder"):
-        if (CACHE / name / "last.pt").exists():
-            state = torch.load(CACHE / name / "last.pt", map_location="cpu", weights_only=True)
+        if state := checkpoint(name):
             runs[name] = {"step": state["step"], "seconds": round(state["seconds"])}
     pipe = _half_but_text(_pipeline(vae, parts["text"], tokenizer, parts["unet"], inpaint))
     pipe.save_pretrained(folder, safe_serialization=True)
@@ -677,19 +739,22 @@ RECIPES = {"vae": train_vae, "decoder": lambda *a, **k: train_vae(*a, decoder_on
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lib.train", description=__doc__.split("\n")[0])
-    parser.add_argument("what", nargs="+", choices=["corpus", "export", "all", *RECIPES])
+    parser.add_argument("what", nargs="+", choices=["corpus", "export", "pack", "unpack", "all", *RECIPES])
     parser.add_argument("--minutes", type=float, default=0, help="stop each recipe after so many minutes of this call")
     parser.add_argument("--steps", type=int, default=0, help="stop each recipe at this step")
     parser.add_argument("--scenes", type=int, default=12000, help="size of the corpus")
     parser.add_argument("--batch", type=int, default=0, help="batch size (default: the recipe's, made for a CPU)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "data" / "models")
+    parser.add_argument("--packed", type=Path, default=CACHE / "packed", help="folder of pack and unpack")
     parser.add_argument("--only", nargs="*", default=list(_EXPORT), choices=list(_EXPORT), help="models to export")
     args = parser.parse_args(argv)
     jobs = ["corpus", *RECIPES, "export"] if "all" in args.what else args.what
     for job in jobs:
         if job == "corpus":
             corpus(args.scenes, args.device)
+        elif job in ("pack", "unpack"):
+            (pack if job == "pack" else unpack)(args.packed)
         elif job == "export":
             export(args.out, args.only)
         else:
