@@ -157,7 +157,7 @@ def test_colour_decides_where_depth_jumps():
 @pytest.mark.parametrize("soft", [0, 1])
 def test_filled_background_has_no_hole_and_recomposes(rooms, soft):
     image, z, ats, _ = rooms
-    cut = deglad.split(image[:3], DepthMap(z.values[:3], "metric", 1.0, 8.0), ats[:3], soft=soft, fill="telea")
+    cut = deglad.split(image[:3], DepthMap(z.values[:3], "metric", 1.0, 8.0), ats[:3], soft=soft, fill="telea", grow=0)
     assert cut.filled and cut.background.shape == image[:3].shape
     outside = (cut.fill_mask == 0).expand_as(cut.background)
     assert torch.equal(cut.background[outside], image[:3][outside])
@@ -170,12 +170,13 @@ def test_filling_comes_nearer_to_what_is_behind_than_grey():
     with_it, without = scenes.render([room, room.without(0)]).rgb.split(1)
     hole = (scenes.render(room).ids == 0).float()
     z = torch.where(hole > 0, 0.2, 0.8)
-    error = {}
-    for method in ("grey", "telea", "biharmonic"):
-        cut = deglad.split(with_it, z, 0.5, fill=method, grow=2)
-        error[method] = float(((cut.background - without) ** 2 * hole).sum() / hole.sum())
-    print(error)
-    assert error["telea"] < error["grey"] and error["biharmonic"] < error["grey"]
+    def error(method, grow=None):
+        cut = deglad.split(with_it, z, 0.5, fill=method, grow=grow)
+        return float(((cut.background - without) ** 2 * hole).sum() / (3 * hole.sum())) ** 0.5
+    found = {m: error(m) for m in ("grey", "telea", "biharmonic")}
+    print(found, "not grown:", error("biharmonic", 0))
+    assert found["telea"] < found["grey"] and found["biharmonic"] < found["grey"]
+    assert found["biharmonic"] < error("biharmonic", 0)                    # mixed pixels at the rim spread
 
 
 def test_filling_by_function_and_by_model(make_pipe):
@@ -186,7 +187,8 @@ def test_filling_by_function_and_by_model(make_pipe):
     cut = deglad.split(image, z, 0.5, fill=lambda i, m: seen.append(m) or torch.zeros_like(i), grow=2)
     assert seen[0].sum() > cut.mask.sum() and not (cut.background * cut.mask).any()
     cut = deglad.split(image, z, 0.5, fill=make_pipe(inpaint=True), prompt="a room", steps=2, generator=gen())
-    assert torch.isfinite(cut.background).all() and torch.equal(cut.background * (1 - cut.mask), image * (1 - cut.mask))
+    seen = 1 - cut.fill_mask
+    assert torch.isfinite(cut.background).all() and torch.equal(cut.background * seen, image * seen)
     with pytest.raises(ValueError, match="one filling"):
         deglad.split(image, z, 0.5, fill=make_pipe(inpaint=True), samples=3)
 
