@@ -101,7 +101,7 @@ def load(name: str = "mini", device="cpu", dtype=None, quiet: bool = False):
     """
     folder, used = find(name, "pipeline")
     pipe = _pipeline(folder)
-    pipe.to(device, dtype or torch.float32)
+    _cast(pipe, device, dtype or torch.float32)
     pipe.loaded_from = used
     return _say(pipe, name, used, quiet)
 
@@ -256,6 +256,17 @@ def _no_bars():
     finally:
         for lib in shown:
             lib.enable_progress_bar()
+
+
+def _cast(pipe, device, dtype):
+    """pipe.to, without diffusers' warning on every cast (it comes also when no module has to stay in float32)."""
+    from diffusers.utils import logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        pipe.to(device, dtype)
+    finally:
+        logging.set_verbosity(level)
 
 
 def _pipeline(folder: Path):
