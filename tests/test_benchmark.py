@@ -44,17 +44,20 @@ def test_insertion_zones_by_hand():
     truth[..., 2] = 0.48                     # too faint to count
     visible = torch.tensor([1, 0, 0, 0]).view(1, 1, 1, 4)
     zones = {k: v.flatten().tolist() for k, v in benchmark.insertion_zones(truth, without, visible).items()}
-    assert zones == dict(shading=[1, 0, 0, 0], shadow=[0, 1, 0, 0], outside=[0, 0, 1, 1], hole=[0, 0, 0, 0])
+    assert zones == dict(shading=[1, 0, 0, 0], shadow=[0, 1, 0, 0], outside=[0, 0, 1, 1], hole=[0, 0, 0, 0], floor=[0, 0, 0, 0])
 
 
 def test_compositing_zones_by_hand():
-    background = torch.full((1, 3, 1, 5), 0.5)
-    truth = background + torch.tensor([0.3, 0.1, 0.0, 0.3, 0.02])
-    foreground = torch.tensor([1, 0, 0, 0, 0]).view(1, 1, 1, 5)
-    same = torch.tensor([0, 1, 1, 0, 1]).view(1, 1, 1, 5)
-    zones = {k: v.flatten().tolist() for k, v in
-             benchmark.compositing_zones(truth, background, foreground, same).items()}
-    assert zones == dict(shading=[1, 0, 0, 0, 0], shadow=[0, 1, 0, 0, 0], hole=[0, 0, 0, 1, 0], outside=[0, 0, 1, 0, 1])
+    def row(*values):
+        return torch.tensor(values, dtype=torch.float32).view(1, 1, 1, -1)
+
+    # A's thing | its shadow on A's floor | A's floor | its shadow on B | hidden in B | B, no shadow any more | B as it was
+    truth, without = row(.9, .3, .5, .2, .6, .7, .5).expand(1, 3, 1, 7), row(.5, .5, .5, .4, .6, .7, .5).expand(1, 3, 1, 7)
+    background = row(.1, .1, .1, .4, .1, .4, .5).expand(1, 3, 1, 7)
+    zones = benchmark.compositing_zones(truth, without, background, row(1, 0, 0, 0, 0, 0, 0), row(1, 1, 1, 0, 0, 0, 0),
+                                        row(0, 0, 0, 1, 0, 1, 1))
+    assert {k: v.flatten().nonzero().flatten().tolist() for k, v in zones.items()} == dict(
+        shading=[0], shadow=[1, 3], floor=[2], hole=[4, 5], outside=[6])
 
 
 def test_the_mean_of_the_channels_decides():
