@@ -17,7 +17,7 @@ help:
 	@echo 'make edit         IMAGE=photo.jpg AT=0.5 (or 2.4m) INSERT=cutout.png [DEPTH=depth.png OUTPUT=folder ...]'
 	@echo 'make train        train the mini models again (PART=vae for one of them)'
 	@echo 'make figures      draw the pictures in figures/ again'
-	@echo 'make times        run all lessons at full size, write data/times.json'
+	@echo 'make times        run all lessons at full size, write data/times.json and the table'
 	@echo 'make test-floor   the oldest supported packages, in .venv-floor'
 	@echo 'make clean        remove the environments and build/'
 
@@ -54,7 +54,7 @@ test: .venv/ready
 	$(BIN) -m pytest tests build/notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=300 $(ARGS)
 
 # Values reach the notebook through the environment, so that spaces and quotes in them survive.
-EDIT := IMAGE DEPTH AT INSERT PROMPT OUTPUT MODEL SEED SMOKE MECHANISM
+EDIT := IMAGE DEPTH DEPTH_NEAR DEPTH_MODEL AT INSERT WHERE HEIGHT PROMPT OUTPUT MODEL SEED SMOKE MECHANISM
 GIVEN = $(foreach name,$(EDIT),$(if $(findstring command line,$(origin $(name))),$(name)))
 edit: .venv/ready
 	@$(if $(IMAGE),,echo 'error: which picture? make edit IMAGE=photo.jpg AT=0.5 INSERT=cutout.png' >&2; exit 1;) \
@@ -65,7 +65,7 @@ train: .venv/ready
 	$(BIN) -m lib.train $(or $(PART),all)
 
 figures: .venv/ready
-	$(BIN) -m lib.figures
+	$(BIN) -m lib.show figures
 
 times: .venv/ready
 	$(BIN) -m lib.setup times

@@ -3,7 +3,7 @@
 The module imports only the standard library until a function needs more, so that `python -m lib.setup report`
 can still explain what is missing on a machine where torch does not import.
 
-Command line: `python -m lib.setup report | run | prepare | times | floors | keep` (`--help` explains each).
+Command line: `python -m lib.setup report | run | prepare | times | table | floors | keep` (`--help` explains each).
 """
 
 from __future__ import annotations
@@ -597,6 +597,34 @@ def measure_times(out: Path | None = None) -> dict:
     return result
 
 
+def lesson_table() -> str:
+    """The README's lesson table: each notebook's title, measured seconds and memory (a dash where not measured)."""
+    import nbformat
+
+    measured = times()
+    cores = measured.get("machine", {}).get("cpu_cores")
+    lines = [f"| | lesson | run time{f', {cores} CPU cores' if cores else ''} | memory |", "|---|---|---|---|"]
+    for path in lessons():
+        title = nbformat.read(path, as_version=4).cells[0].source.splitlines()[0]
+        title = re.sub(r"^#\s*(\d\d\W+)?", "", title)
+        row = measured.get("lessons", {}).get(path.name[:2])
+        cost = f"{row['seconds']:.0f} s | {row['memory_gb']:.1f} GB" if row else "– | –"
+        lines.append(f"| {path.name[:2]} | [{title}](notebooks/{path.name}) | {cost} |")
+    return "\n".join(lines)
+
+
+def write_lesson_table(readme: Path | None = None) -> None:
+    """Put the lesson table between the README's markers <!-- lessons:begin --> and <!-- lessons:end -->."""
+    readme = Path(readme or root() / "README.md")
+    text = readme.read_text(encoding="utf8")
+    marked = re.compile(r"(<!-- lessons:begin -->\n).*?(<!-- lessons:end -->)", re.DOTALL)
+    if len(marked.findall(text)) != 1:
+        raise ValueError(f"{readme.name} needs the lines <!-- lessons:begin --> and <!-- lessons:end -->, once.")
+    part = readme.with_name(readme.name + ".part")
+    part.write_text(marked.sub(lambda m: f"{m[1]}{lesson_table()}\n{m[2]}", text), encoding="utf8")
+    os.replace(part, readme)
+
+
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
@@ -644,7 +672,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--say", default="executed copy: ", help="words before the copy's path")
     ready = add("prepare", help="write all notebooks with SMOKE set, unexecuted, for the notebook tests")
     ready.add_argument("folder")
-    add("times", help="run all lessons at full size, write data/times.json")
+    add("times", help="run all lessons at full size, write data/times.json and the README's table")
+    add("table", help="write the README's lesson table from data/times.json")
     add("floors", help="print the oldest versions that must work")
     add("keep", help="print constraints that keep this Python's torch, torchvision and numpy")
     return parser
@@ -663,6 +692,9 @@ def main(words: list[str] | None = None) -> int:
                 print(path)
         if args.command == "times":
             measure_times()
+            write_lesson_table()
+        if args.command == "table":
+            write_lesson_table()
         if args.command == "floors":
             print("\n".join(floors()))
         if args.command == "keep":

@@ -207,7 +207,7 @@ def test_an_unknown_parameter_is_an_error(tmp_path):
 def test_a_failure_is_one_sentence_and_leaves_only_the_log(tmp_path, source, words):
     path = write_notebook(tmp_path / "a.ipynb", source)
     with pytest.raises(setup.NotebookFailed, match=words) as caught:
-        setup.run_notebook(path, tmp_path / "b.ipynb", timeout=4)
+        setup.run_notebook(path, tmp_path / "b.ipynb", timeout=5 if "sleep" in source else 120)
     assert "\n" not in str(caught.value) and caught.value.log.stat().st_size > 0
     assert left(tmp_path) == ["a.ipynb", "b.log"]
 
@@ -276,6 +276,27 @@ def test_times_are_measured_and_written(tmp_path, monkeypatch):
     row = setup.times()["lessons"]["03"]
     assert 0.5 < row["seconds"] < 60 and 0.01 < row["memory_gb"] < 4
     assert setup.times()["machine"]["torch"] == setup._installed("torch")
+
+
+def test_lesson_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAYERS_DATA", str(tmp_path))
+    paths = [tmp_path / "03_x.ipynb", tmp_path / "04_y.ipynb"]
+    for path in paths:
+        cells = [nbformat.v4.new_markdown_cell(f"# About {path.stem}\n\nText")]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    monkeypatch.setattr(setup, "lessons", lambda: paths)
+    row = {"seconds": 41.4, "memory_gb": 1.26}
+    (tmp_path / "times.json").write_text(json.dumps({"machine": {"cpu_cores": 2}, "lessons": {"03": row}}))
+    (tmp_path / "R.md").write_text("a\n<!-- lessons:begin -->\nold\n<!-- lessons:end -->\nb\n")
+    setup.write_lesson_table(tmp_path / "R.md")
+    setup.write_lesson_table(tmp_path / "R.md")  # again: the same
+    text = (tmp_path / "R.md").read_text()
+    assert "old" not in text and text.startswith("a\n") and text.endswith("<!-- lessons:end -->\nb\n")
+    assert "| 03 | [About 03_x](notebooks/03_x.ipynb) | 41 s | 1.3 GB |" in text and "2 CPU cores" in text
+    assert "| 04 | [About 04_y](notebooks/04_y.ipynb) | – | – |" in text and text.count("| lesson |") == 1
+    (tmp_path / "R.md").write_text("no marks")
+    with pytest.raises(ValueError, match="lessons:begin"):
+        setup.write_lesson_table(tmp_path / "R.md")
 
 
 # --- the setup cell -------------------------------------------------------------------------------------------------

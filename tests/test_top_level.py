@@ -41,6 +41,7 @@ def test_readme_names_the_two_commands():
     text = (REPO / "README.md").read_text(encoding="utf8")
     for words in ("make lab", "make test", "MIT", "CC BY 4.0"):
         assert words in text, f"README.md does not name {words}"
+    assert setup.lesson_table() in text, "the lesson table is out of date: python -m lib.setup table"
 
 
 @make_only
@@ -73,6 +74,11 @@ def test_make_edit_hands_over_only_what_was_given():
     text = make("edit", "IMAGE=a b.jpg", "AT=2.4m", SEED="9").stdout
     assert re.search(r"--env IMAGE AT\s", text) and "a b.jpg" not in text  # the value goes through the environment
     assert "which picture" not in text and "which picture" in make("edit").stdout
+
+
+def test_make_edit_knows_the_notebooks_parameters():
+    names = re.search(r"^EDIT := (.*)$", (REPO / "Makefile").read_text(), re.M).group(1).split()
+    assert set(names) == set(setup.notebook_parameters(REPO / "notebooks" / "edit.ipynb"))
 
 
 @make_only
