@@ -46,7 +46,7 @@ class Result:
 
     def __str__(self):
         body = f"{SIGNS[self.status]} {self.name}: {self.message}"
-        return textwrap.fill(body, 100, subsequent_indent="    ", break_long_words=False)
+        return textwrap.fill(body, 110, subsequent_indent="    ", break_long_words=False)
 
     def _ipython_display_(self):
         """The check has printed its message already: a notebook should not show it twice."""

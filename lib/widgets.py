@@ -89,7 +89,19 @@ def depth_threshold(image, depth, at=0.5):
 
 # ---------------------------------------------------------------- lesson 00: its stored pictures
 
-def threshold_strip(image, depth, ats=(0.25, 0.40, 0.60)):
+EXAMPLE = {"SCENE": 20003468, "AT": 3.55}            # the lesson's own parameters; a test compares them
+
+
+def example(size=128):
+    """The lesson's case: (room, room with the chair, index of the chair, the cut-out in foreign light (1, 4, H, W))."""
+    from lib import scenes
+    room = scenes.sample(EXAMPLE["SCENE"])
+    whole = room.insert(scenes.Thing("chair", "red", x=-0.8, z=0, size=1.5, turn=20), at=EXAMPLE["AT"])
+    index = len(whole.things) - 1
+    return room, whole, index, scenes.only(whole, index, sun=scenes.other_sun(room.sun), size=size)
+
+
+def threshold_strip(image, depth, ats=(0.22, 0.33, 0.60)):
     """The widget without a kernel: one row of layers for each threshold. Returns (pictures, labels) for show.sheet."""
     images, labels = [], []
     for at in ats:
@@ -98,3 +110,29 @@ def threshold_strip(image, depth, ats=(0.25, 0.40, 0.60)):
         images += [show.colour_depth(depth) * (1 - edge) + CUT * edge, foreground, background]
         labels += [f"cut at d = {at:.2f}", f"foreground ({mask.mean():.0%})", "background with its hole"]
     return images, labels
+
+
+def edit_strip(pipe, steps=50, seed=0, size=128):
+    """The edit of lesson 00 beside its baselines and the truth. Returns (pictures, labels) for show.sheet."""
+    from lib import depth, featglac, scenes
+    room, whole, _, cutout = example(size)
+    world = scenes.render([room, whole], size=size)
+    room_depth = depth.from_metric(world.depth[:1], near=scenes.NEAR, far=scenes.FAR)
+    images = [world.rgb[:1]]
+    for mechanism in ("paste2d", "alpha", "inject"):
+        edit = featglac.insert_object(pipe, world.rgb[:1], room_depth, cutout, whole.caption(), mechanism=mechanism,
+                                      at=f"{EXAMPLE['AT']}m", steps=steps,
+                                      generator=torch.Generator("cpu").manual_seed(seed))
+        images.append(edit.image.float().cpu())
+    labels = ["the room", "2-D paste", "depth-aware paste", "FeatGLaC (inject)", "the truth"]
+    return images + [world.rgb[1:]], labels
+
+
+def make_figures(folder):
+    """Draw the stored pictures of lesson 00 (needs the mini model). Returns their paths."""
+    from lib import depth, models, scenes
+    folder = Path(folder)
+    r = scenes.render(example()[1])
+    values = depth.from_metric(r.depth, near=scenes.NEAR, far=scenes.FAR)
+    paths = [show.sheet(*threshold_strip(r.rgb, values), folder / "00_threshold_strip.png", columns=3)]
+    return paths + [show.sheet(*edit_strip(models.load("mini", quiet=True)), folder / "00_edit.png", columns=5)]
