@@ -19,9 +19,9 @@ def gen(seed=0):
 
 @pytest.fixture(scope="module")
 def rooms():
-    """Six rooms: image, metric DepthMap, one threshold each (behind the nearest thing), true coverage."""
+    """Four rooms: image, metric DepthMap, one threshold each (behind the nearest thing), true coverage."""
     drawn, cover, ats = [], [], []
-    for seed in scenes.seeds("val", 6):
+    for seed in scenes.seeds("val", 4):
         scene = scenes.sample(seed)
         at = min(scene.depth_of(i) + t.footprint for i, t in enumerate(scene.things)) + 0.1
         fine = scenes.render(scene, size=512, samples=1, shadow_rays=1)
@@ -198,7 +198,7 @@ def test_filling_by_function_and_by_model(make_pipe):
 def test_many_layers_recompose_to_the_picture(rooms, soft, ats):
     image, z, _, _ = rooms
     parts = deglad.layers(image, z, ats, soft)
-    assert len(parts) == len(ats) + 1 and all(p.shape == (6, 4, 128, 128) for p in parts)
+    assert len(parts) == len(ats) + 1 and all(p.shape == (4, 4, 128, 128) for p in parts)
     out = deglad.recompose(parts)
     assert torch.equal(out, image) if not soft else torch.allclose(out, image, atol=1e-5)
     if not soft:
@@ -245,7 +245,7 @@ def test_quantiles_share_the_pixels(rooms):
 
 def test_every_suggestion_splits(rooms):
     image, z, _, _ = rooms
-    for i in range(6):
+    for i in range(4):
         for method in ("otsu", "quantile"):
             one = z.values[i:i + 1]
             deglad.split(image[i:i + 1], one, deglad.suggest(one, method))

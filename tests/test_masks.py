@@ -106,10 +106,10 @@ def test_training_masks_are_fast():
     ids = torch.full((64, 1, 128, 128), -1)
     ids[..., 30:90, 40:80] = 0
     masks.random_fill_masks(64, 128, gen(), ids)
-    start = time.perf_counter()
+    start = time.process_time()
     masks.random_fill_masks(64, 128, gen(1), ids)
-    each = (time.perf_counter() - start) / 64 * 1000
-    print(f"{each:.2f} ms a mask")
+    each = (time.process_time() - start) / 64 * 1000
+    print(f"{each:.2f} ms of processor time a mask")
     assert each < 5                                    # goal 1 ms; machines in CI are busy
 
 

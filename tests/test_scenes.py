@@ -385,8 +385,9 @@ def test_errors_say_what_is_wrong(call, words):
 def test_speed_is_printed():
     some = [scenes.sample(s) for s in range(16)]
     scenes.render(some[:4])
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     scenes.render(some)
-    rate = 16 / (time.perf_counter() - start)
-    print(f"renderer: {rate:.1f} images/s at 128x128, 2x2 samples, {torch.get_num_threads()} thread(s)")
-    assert rate > 2                                        # goal: 20 on two free cores
+    rate, work = 16 / (time.perf_counter() - start), (time.process_time() - cpu) / 16
+    print(f"renderer: {rate:.1f} images/s at 128x128, 2x2 samples, {torch.get_num_threads()} thread(s); "
+          f"{work * 1000:.0f} ms of processor time an image")
+    assert work < 0.5                                      # goal: 20/s on two free cores, 0.1 s; others may be busy
