@@ -1,5 +1,6 @@
 """lib.benchmark on its smallest sizes: zones by hand, a whole run with tiny random models, resuming, tables, cards."""
 import csv
+import functools
 import json
 import math
 from types import SimpleNamespace
@@ -12,8 +13,12 @@ from lib import benchmark, metrics, scenes, train
 FEW = dict(scenes=1, steps=2, mechanisms=("alpha", "inject"))
 
 
+remembered = functools.lru_cache(benchmark.case)
+
+
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "case", remembered)  # rendering again would only cost time
     monkeypatch.setenv("LAYERS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("LAYERS_DATA", str(tmp_path / "data"))
 
@@ -78,7 +83,7 @@ def test_real_cases_have_their_zones_and_know_the_truth(task, cases, parts):
     pasted = benchmark.scores(parts["judge"], c.paste, c)
     assert pasted["rmse_shadow"] > 0.02 and pasted["rmse_shading"] > 0.02  # wrong light, no shadow
     assert pasted["rmse_outside"] < pasted["rmse_shadow"]
-    assert torch.equal(benchmark.case(task, c.seed).truth, c.truth)
+    assert torch.equal(remembered.__wrapped__(task, c.seed).truth, c.truth)
 
 
 def test_the_judges_regions_are_the_truths(cases):
@@ -147,7 +152,8 @@ def test_a_run_writes_rows_tables_and_pictures(parts, tmp_path):
     assert "Bound, plain decoding" in text and "| inject - alpha |" in text and "x its time" in text
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(parts, tmp_path):
+def test_an_interrupted_run_goes_on_where_it_stopped(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "sheet", lambda *_: None)  # drawn in the test above
     s = settings(scenes=2)
     first, second = scenes.seeds("test", 2)
     models = benchmark.Models(s, **parts)
