@@ -1,16 +1,18 @@
 """Self-attention from scratch, and recording and injecting its keys and values in any SD-1.x-shaped U-Net.
 
 `record` and `inject` are context managers over diffusers' attention processors. They put back exactly the
-processors they found, also after an exception, and on leaving they check that every layer fired as often as the
-U-Net was called: a patch that silently does not apply is the field's most common bug.
+processors they found, also after an exception, and on leaving they check that every layer fired as often as
+the U-Net was called: a patch that silently does not apply is the field's most common bug.
 
     with record(pipe.unet, layers="up") as bank:
         diffusion.invert(pipe, z0, "a red chair")          # K and V of every step, filed under its timestep
     with inject(pipe.unet, bank, mask=keep, strength=0.8, window=(0, 0.6)):
         diffusion.sample(pipe, "a red chair", latents=noise)
 
-Sources: Vaswani et al. 2017 (attention); MasaCtrl (masked K/V), StyleAligned (concatenated K/V); COURSE's FeatGLaC.
+Sources: Vaswani et al. 2017 (attention); MasaCtrl (masked K/V), StyleAligned (concatenated K/V); COURSE's
+FeatGLaC.
 """
+
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,9 +22,9 @@ import torch.nn.functional as F
 
 
 def attention(q, k, v, bias=None, return_weights=False):
-    """softmax(Q K^T / sqrt(d)) V, as in the formula. q (..., Nq, d), k (..., Nk, d), v (..., Nk, dv) -> (..., Nq, dv).
+    """softmax(Q K^T / sqrt(d)) V: q (..., Nq, d), k (..., Nk, d), v (..., Nk, dv) -> (..., Nq, dv).
 
-    bias: added to the scores before the softmax (-inf forbids a key). Equal to `scaled_dot_product_attention`.
+    bias: added to the scores before the softmax (-inf forbids a key). Equal to SDPA.
     """
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     weights = (scores if bias is None else scores + bias).softmax(dim=-1)
@@ -37,7 +39,8 @@ def split_heads(x, heads) -> torch.Tensor:
 # ---------------------------------------------------------------- which layers
 @dataclass(frozen=True)
 class Layer:
-    """One self-attention layer. fraction: its side relative to the latent's (1, 1/2, 1/4, ...). place: down|mid|up."""
+    """One self-attention layer: its place (down, mid, up) and its side as a fraction of the latent's."""
+
     name: str
     place: str
     fraction: float
@@ -68,13 +71,13 @@ def layers(unet) -> list:
 
 
 def select(unet, which="all") -> list:
-    """Choose layers: "all", "down", "mid", "up", a fraction (0.5), a layer's name, a Layer, or a list of these."""
+    """Choose layers: "all", "down", "mid", "up", a fraction (0.5), a name, a Layer, or a list of these."""
     known = layers(unet)
     if not known:
         raise ValueError("This U-Net has no self-attention layer (attn1).")
     wanted = which if isinstance(which, (list, tuple, set)) else [which]
     if not wanted:
-        raise ValueError("The list of layers is empty; use \"all\", \"up\", a fraction such as 0.5, or names.")
+        raise ValueError('The list of layers is empty; use "all", "up", a fraction such as 0.5, or names.')
 
     def fits(layer, w):
         if isinstance(w, Layer):
@@ -83,19 +86,22 @@ def select(unet, which="all") -> list:
 
     for w in wanted:
         if not any(fits(layer, w) for layer in known):
-            raise ValueError(f"No self-attention layer fits {w!r}; known are \"all\", \"down\", \"mid\", \"up\", the "
-                             f"fractions {sorted({x.fraction for x in known}, reverse=True)} and the names "
-                             f"{[x.name for x in known]}.")
+            raise ValueError(
+                f'No self-attention layer fits {w!r}; known are "all", "down", "mid", "up", the '
+                f"fractions {sorted({x.fraction for x in known}, reverse=True)} and the names "
+                f"{[x.name for x in known]}."
+            )
     return [layer for layer in known if any(fits(layer, w) for w in wanted)]
 
 
 # ---------------------------------------------------------------- the bank
 @dataclass
 class Bank:
-    """Recorded tensors: `store[(timestep, layer name)]` = {"k": (B, N, C), "v": (B, N, C), ...}, before the heads.
+    """Recorded tensors: `store[(timestep, layer name)]` = {"k": (B, N, C), "v": ...}, heads not split.
 
     B is the number of pictures in the recorded calls. `bytes` says how much memory it takes.
     """
+
     names: list
     store: dict = field(default_factory=dict)
 
@@ -109,16 +115,18 @@ class Bank:
 
     def at(self, t: int, name: str) -> dict:
         if (t, name) not in self.store:
-            raise ValueError(f"Nothing was recorded for timestep {t} in {name}; recorded: layers {self.names}, "
-                             f"timesteps {self.timesteps}. Record with the same steps, layers and window.")
+            raise ValueError(
+                f"Nothing was recorded for timestep {t} in {name}; recorded: layers {self.names}, "
+                f"timesteps {self.timesteps}. Record with the same steps, layers and window."
+            )
         return self.store[t, name]
 
 
 # ---------------------------------------------------------------- the processor
 class TapProcessor:
-    """diffusers' AttnProcessor2_0 written out, with a place to read or change q, k, v: `edit(name, q, k, v, heads)`.
+    """diffusers' AttnProcessor2_0 written out, with a place to read or change q, k and v.
 
-    `edit` returns (k, v, bias) for plain attention, or a finished output (B, heads, N, d).
+    `edit(name, q, k, v, run)` returns the heads' output (B, heads, N, d); `run(k, v)` is plain attention.
     """
 
     def __init__(self, name, edit):
@@ -126,7 +134,9 @@ class TapProcessor:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         if encoder_hidden_states is not None:
-            raise RuntimeError(f"{self.name} got text features: the tap belongs on self-attention (attn1) only.")
+            raise RuntimeError(
+                f"{self.name} got text features: the tap belongs on self-attention (attn1) only."
+            )
         self.calls += 1
         x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
         grid = x.shape
@@ -143,7 +153,9 @@ class TapProcessor:
             query, key, value = (split_heads(y, attn.heads) for y in (q, k, v))
             query = query if attn.norm_q is None else attn.norm_q(query)
             key = key if attn.norm_k is None else attn.norm_k(key)
-            bias = attention_mask if bias is None else bias if attention_mask is None else bias + attention_mask
+            bias = (
+                attention_mask if bias is None else bias if attention_mask is None else bias + attention_mask
+            )
             return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
         out = self.edit(self.name, q, k, v, run)
@@ -156,7 +168,7 @@ class TapProcessor:
 
 
 class Clock:
-    """Follows the U-Net's calls by a pre-hook: the timestep, the latent's shape, and how many calls there were."""
+    """Follows the U-Net's calls by a pre-hook: timestep, latent shape, number of calls."""
 
     def __init__(self):
         self.t, self.shape, self.calls, self.active_calls = None, None, 0, 0
@@ -179,11 +191,13 @@ class Clock:
 
 @contextmanager
 def tapped(unet, chosen, edit, clock, what):
-    """Install taps on the chosen layers; restore the processors whatever happens; check the counts on leaving."""
+    """Install taps on the chosen layers; restore whatever happens; check the counts on leaving."""
     modules = {layer.name: unet.get_submodule(layer.name) for layer in chosen}
     busy = [name for name, m in modules.items() if isinstance(m.processor, TapProcessor)]
     if busy:
-        raise RuntimeError(f"{busy[0]} is already being recorded or injected into: leave that `with` block first.")
+        raise RuntimeError(
+            f"{busy[0]} is already being recorded or injected into: leave that `with` block first."
+        )
     before = {name: m.processor for name, m in modules.items()}
     taps = {name: TapProcessor(name, edit) for name in modules}
     handle = unet.register_forward_pre_hook(clock, with_kwargs=True)
@@ -193,10 +207,14 @@ def tapped(unet, chosen, edit, clock, what):
         yield
         for name, m in modules.items():
             if m.processor is not taps[name] or taps[name].calls != clock.calls:
-                raise RuntimeError(f"{what}: {name} fired {taps[name].calls} times in {clock.calls} U-Net calls; "
-                                   "something replaced its processor.")
+                raise RuntimeError(
+                    f"{what}: {name} fired {taps[name].calls} times in {clock.calls} U-Net calls; "
+                    "something replaced its processor."
+                )
         if not clock.active_calls:
-            raise RuntimeError(f"{what} never applied: {clock.calls} U-Net calls, none of them inside the window.")
+            raise RuntimeError(
+                f"{what} never applied: {clock.calls} U-Net calls, none of them inside the window."
+            )
     finally:
         handle.remove()
         for name, m in modules.items():
@@ -204,10 +222,12 @@ def tapped(unet, chosen, edit, clock, what):
 
 
 def in_window(window, train_steps=1000):
-    """window=(a, b), parts of the way from noise (0) to picture (1) -> test of a timestep. 1 - t/1000 is the way."""
+    """window=(a, b), parts of the way 1 - t/1000 from noise (0) to picture (1) -> test of a timestep."""
     a, b = window
     if not 0 <= a < b <= 1:
-        raise ValueError(f"A window is (start, stop) with 0 <= start < stop <= 1, from noise to picture, not {window}.")
+        raise ValueError(
+            f"A window is (start, stop) with 0 <= start < stop <= 1, from noise to picture, not {window}."
+        )
     return lambda t: a <= 1 - t / train_steps < b or (b == 1 and t == 0)
 
 
@@ -216,7 +236,7 @@ def record(unet, layers="all", window=(0.0, 1.0), what="kv", device=None, dtype=
     """Record inside the `with` block; gives a `Bank`. A timestep that comes twice keeps the later call.
 
     what: which of "q", "k", "v" and "w" (the attention weights (B, heads, N, N): large), e.g. "kv".
-    device, dtype: where to keep it ("cpu", torch.float16 halve or spare the card's memory); by default as it is.
+    device, dtype: where to keep it ("cpu" and torch.float16 spare the card's memory); by default as it is.
     rows: keep only these pictures of the batch (a slice), e.g. the conditional half of a guided call.
     """
     if not what or set(what) - set("qkvw"):
@@ -234,7 +254,9 @@ def record(unet, layers="all", window=(0.0, 1.0), what="kv", device=None, dtype=
             parts = {letter: keep(x) for letter, x in zip("qkv", (q, k, v)) if letter in what}
             if "w" in what:
                 heads = unet.get_submodule(name).heads
-                parts["w"] = keep(attention(*(split_heads(y, heads) for y in (q, k, v)), return_weights=True)[1])
+                parts["w"] = keep(
+                    attention(*(split_heads(y, heads) for y in (q, k, v)), return_weights=True)[1]
+                )
             bank.store[clock.t, name] = parts
         return run(k, v)
 
@@ -254,8 +276,10 @@ def check_masks(masks, sources) -> torch.Tensor:
     if isinstance(masks, (int, float)):
         masks = torch.full((sources, 1, 1, 1), float(masks))
     if not torch.is_tensor(masks) or masks.ndim != 4 or masks.shape[1] != 1 or masks.shape[0] != sources:
-        raise ValueError(f"{sources} source(s) need masks of shape ({sources}, 1, H, W), not "
-                         f"{tuple(getattr(masks, 'shape', ()))}.")
+        raise ValueError(
+            f"{sources} source(s) need masks of shape ({sources}, 1, H, W), not "
+            f"{tuple(getattr(masks, 'shape', ()))}."
+        )
     if masks.min() < -1e-5 or masks.sum(0).max() > 1 + 1e-4:
         raise ValueError("The masks of all sources must lie in [0, 1] and sum to at most 1 at every pixel.")
     return masks
@@ -263,23 +287,26 @@ def check_masks(masks, sources) -> torch.Tensor:
 
 @contextmanager
 def inject(unet, source, mask=1.0, strength=1.0, layers="all", window=(0.0, 1.0), parts="kv", mode="replace"):
-    """Give self-attention the keys and values of other pictures, where the masks say so, inside the `with` block.
+    """Give self-attention the keys and values of other pictures, where the masks say so.
 
-    source: a `Bank` of S pictures (from `record`), matched by timestep, so every step uses its own noise level; or
-      an int S: the first S pictures of each U-Net call guide the rest (one batched call [fg, bg, generation, ...]).
-    mask: (S, 1, H, W), one per source picture, any resolution (average-pooled to each layer's grid); where their
+    source: a `Bank` of S pictures (from `record`), matched by timestep, so every step uses its own noise
+    level; or
+      an int S: the first S pictures of each U-Net call guide the rest (one batched call [fg, bg, generation,
+      ...]).
+    mask: (S, 1, H, W), one per source picture, any resolution (average-pooled to each layer's grid); where
+    their
       sum is below 1 the generation keeps its own share. strength in [0, 1] multiplies them all; a dict
       {fraction: strength} sets it per resolution.
     window: (start, stop) along the way from noise (0) to picture (1). parts: "k", "v" or "kv".
     mode: "replace": K <- (1 - m) K + m K_source token by token (COURSE 4);
-      "query": each *query* under a mask attends to that source's K/V, the outputs blended (MasaCtrl with masks);
-      "concat": the sources' tokens are added to the own ones with weight m (StyleAligned).
+      "query": each *query* under a mask attends to that source's K/V, the outputs blended (MasaCtrl with
+      masks); "concat": the sources' tokens are added to the own ones with weight m (StyleAligned).
     Own K/V at strength 1 change nothing (a test says so).
     """
     if mode not in ("replace", "query", "concat"):
         raise ValueError(f"Unknown mode {mode!r}; known: replace, query, concat.")
     if not parts or set(parts) - set("kv"):
-        raise ValueError(f"parts must be \"k\", \"v\" or \"kv\", not {parts!r}.")
+        raise ValueError(f'parts must be "k", "v" or "kv", not {parts!r}.')
     chosen, clock = select(unet, layers), Clock()
     clock.is_active = in_window(window)
     fractions = {layer.name: layer.fraction for layer in chosen}
@@ -309,7 +336,9 @@ def inject(unet, source, mask=1.0, strength=1.0, layers="all", window=(0.0, 1.0)
             return run(k, v)
         if batched:
             if len(k) <= source:
-                raise ValueError(f"The U-Net call holds {len(k)} pictures, {source} of them sources: none is left.")
+                raise ValueError(
+                    f"The U-Net call holds {len(k)} pictures, {source} of them sources: none is left."
+                )
             k_src, v_src = k[:source], v[:source]
         else:
             kept = source.at(clock.t, name)
@@ -318,8 +347,10 @@ def inject(unet, source, mask=1.0, strength=1.0, layers="all", window=(0.0, 1.0)
         if checked is None:
             checked = check_masks(mask, count)
         if k_src.shape[1:] != k.shape[1:]:
-            raise ValueError(f"{name}: recorded {tuple(k_src.shape[1:])}, but the generation has {tuple(k.shape[1:])}: "
-                             "record and generate at the same picture size.")
+            raise ValueError(
+                f"{name}: recorded {tuple(k_src.shape[1:])}, but the generation has {tuple(k.shape[1:])}: "
+                "record and generate at the same picture size."
+            )
         m = masks_for(name, k.shape[1], k)
         k_src = k_src if "k" in parts else None
         v_src = v_src if "v" in parts else None
@@ -347,7 +378,7 @@ def _replace(q, k, v, k_src, v_src, m, run):
 
 def _query(q, k, v, k_src, v_src, m, run):
     # each query's output is a mixture: own attention with weight 1 - sum(m), source s's with weight m_s
-    weights = m.unsqueeze(1)                                               # (S, 1, N, 1)
+    weights = m.unsqueeze(1)  # (S, 1, N, 1)
     out = run(k, v, q=q)
     mixed = out * (1 - weights.sum(0))
     for s in range(len(m)):
@@ -360,7 +391,9 @@ def _query(q, k, v, k_src, v_src, m, run):
 def _concat(q, k, v, k_src, v_src, m, run):
     # log(m) added to a source token's score multiplies its weight in the softmax by m; m = 0 removes it
     count, tokens = m.shape[:2]
-    flat = lambda own, src: torch.cat([own] + [own if src is None else src[s].expand_as(own) for s in range(count)], 1)
+    flat = lambda own, src: torch.cat(
+        [own] + [own if src is None else src[s].expand_as(own) for s in range(count)], 1
+    )
     bias = torch.cat([torch.zeros(tokens, device=m.device, dtype=m.dtype), m.flatten().log()])
     return run(flat(k, k_src), flat(v, v_src), bias.view(1, 1, 1, -1).to(q), q=q)
 

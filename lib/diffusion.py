@@ -1,10 +1,11 @@
 """Diffusion in a few functions: q_sample, the DDIM step and its inverse, guidance, sampling, inversion.
 
 Time is diffusers' integer timestep t; `alphas_cumprod` comes from the pipeline's scheduler, never re-derived.
-Noise levels of a run of N steps ("leading" spacing, offset 1, 50 steps): 981, 961, ..., 21, 1 and, after the last
+Noise levels of 50 steps ("leading" spacing, offset 1): 981, 961, ..., 21, 1 and, after the last
 step, the clean end, whose alpha is `final_alpha_cumprod`.
 Sources: Ho et al. 2020 (DDPM); Song et al. 2021 (DDIM, eq. 12); Ho and Salimans 2022 (guidance).
 """
+
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,8 +14,9 @@ import torch
 
 # ---------------------------------------------------------------- schedule
 def ddim(pipe, steps: int):
-    """A DDIMScheduler of `steps` steps made from the pipeline's own configuration (the pipeline's is left alone)."""
+    """A DDIMScheduler of `steps` steps with the pipeline's configuration (its own is left alone)."""
     from diffusers import DDIMScheduler
+
     source = getattr(pipe, "scheduler", pipe)
     total = source.config.num_train_timesteps
     if not isinstance(steps, int) or not 1 <= steps <= total:
@@ -48,7 +50,7 @@ def q_sample(scheduler, z0, t, noise) -> torch.Tensor:
 
 
 def split_prediction(scheduler, output, a, z) -> tuple:
-    """The model's output at level `a` = abar -> (predicted z_0, predicted noise), for every prediction type."""
+    """The model's output at level `a` = abar -> (predicted z_0, predicted noise), any prediction type."""
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return (z - (1 - a).sqrt() * output) / a.sqrt(), output
@@ -72,7 +74,7 @@ def _move(scheduler, output, z, a_from, a_to, sigma=0.0, noise=None):
 def ddim_step(scheduler, output, t, z, eta=0.0, generator=None) -> torch.Tensor:
     """z_t -> z at the next lower level. Equal to `DDIMScheduler.step(output, t, z, eta).prev_sample`.
 
-    scheduler: from `ddim(pipe, steps)`. output: the U-Net's prediction at (z, t). eta=1 gives DDPM's variance.
+    scheduler: from `ddim(pipe, steps)`. output: the U-Net's prediction at (z, t). eta=1 is DDPM.
     """
     t = int(t)
     a, a_prev = alpha_at(scheduler, t).to(z.device), alpha_at(scheduler, previous(scheduler, t)).to(z.device)
@@ -86,8 +88,8 @@ def ddim_step(scheduler, output, t, z, eta=0.0, generator=None) -> torch.Tensor:
 def ddim_inverse_step(scheduler, output, t, z) -> torch.Tensor:
     """z at the level below t -> z_t. Equal to `DDIMInverseScheduler.step(output, t, z).prev_sample`.
 
-    The off-by-one of DDIM inversion: undoing the step t -> t-20 exactly needs the prediction at (z_t, t), and z_t is
-    what we are looking for. So `output` is predicted at timestep t from the latent one level *below* t.
+    The off-by-one of DDIM inversion: undoing the step t -> t-20 exactly needs the prediction at (z_t, t), and
+    z_t is what we are looking for. So `output` is predicted at timestep t from the latent a level *below* t.
     """
     t = int(t)
     a, a_below = alpha_at(scheduler, t).to(z.device), alpha_at(scheduler, previous(scheduler, t)).to(z.device)
@@ -97,49 +99,59 @@ def ddim_inverse_step(scheduler, output, t, z) -> torch.Tensor:
 # ---------------------------------------------------------------- the model
 @torch.no_grad()
 def embed(pipe, prompt) -> torch.Tensor:
-    """Prompt (str or list of str) -> text features (B, L, C), as StableDiffusionPipeline.encode_prompt makes them."""
+    """Prompt (str or list of str) -> text features (B, L, C), as the pipeline's encode_prompt makes them."""
     if isinstance(prompt, str):
         prompt = [prompt]
     if not isinstance(prompt, (list, tuple)) or not prompt or not all(isinstance(p, str) for p in prompt):
         raise ValueError(f"A prompt is a text or a list of texts, not {prompt!r}.")
     tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
-    tokens = tokenizer(list(prompt), padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                       return_tensors="pt")
+    tokens = tokenizer(
+        list(prompt),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
     wants_mask = getattr(encoder.config, "use_attention_mask", False)
     mask = tokens.attention_mask.to(encoder.device) if wants_mask else None
     return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0].to(pipe.unet.dtype)
 
 
 def cfg(uncond, cond, guidance_scale: float) -> torch.Tensor:
-    """Classifier-free guidance: eps = eps_uncond + scale (eps_cond - eps_uncond). Scale 1 is the plain condition."""
+    """Classifier-free guidance: uncond + scale (cond - uncond). Scale 1 is the plain condition."""
     return uncond + guidance_scale * (cond - uncond)
 
 
 def predict(pipe, z, t, text, uncond=None, guidance_scale=1.0, extra=None) -> torch.Tensor:
     """The U-Net's prediction at (z, t); with guidance, one batched call [uncond, cond].
 
-    z (B, 4, h, w); text, uncond (B, L, C); extra (B, 5, h, w): mask and masked latent of a 9-channel inpainting U-Net.
+    z (B, 4, h, w); text, uncond (B, L, C); extra (1 or B, 5, h, w): what a 9-channel inpainting U-Net also
+    takes, the mask (1 = to fill) and the latent of the picture with the hole greyed.
     """
     guided = uncond is not None and guidance_scale != 1.0
-    x = z if extra is None else torch.cat([z, extra.to(z)], dim=1)
+    x = z if extra is None else torch.cat([z, extra.to(z).expand(len(z), -1, -1, -1)], dim=1)
     t = torch.as_tensor(int(t), device=z.device)
     if not guided:
         return pipe.unet(x, t, encoder_hidden_states=text, return_dict=False)[0]
-    both = pipe.unet(torch.cat([x, x]), t, encoder_hidden_states=torch.cat([uncond, text]), return_dict=False)[0]
+    both = pipe.unet(
+        torch.cat([x, x]), t, encoder_hidden_states=torch.cat([uncond, text]), return_dict=False
+    )[0]
     return cfg(*both.chunk(2), guidance_scale)
 
 
 def noise(pipe, height, width, generator=None, batch=1) -> torch.Tensor:
-    """Gaussian latent for a picture of height x width, drawn on the CPU so that every device gets the same one."""
+    """Gaussian latent for a height x width picture, drawn on the CPU: the same on every device."""
     from .latents import factor
+
     f = factor(pipe)
     shape = (batch, pipe.vae.config.latent_channels, height // f, width // f)
     return torch.randn(shape, generator=generator, dtype=torch.float32).to(pipe.unet.device, pipe.unet.dtype)
 
 
 @torch.no_grad()
-def sample(pipe, prompt, steps=50, guidance_scale=7.5, latents=None, generator=None, negative_prompt="",
-           on_step=None) -> torch.Tensor:
+def sample(
+    pipe, prompt, steps=50, guidance_scale=7.5, latents=None, generator=None, negative_prompt="", on_step=None
+) -> torch.Tensor:
     """Text -> latent (B, 4, h, w): the loop of StableDiffusionPipeline with DDIM, written out.
 
     latents: start noise; drawn from `generator` otherwise. on_step(i, t, z) may return a replaced z.
@@ -149,6 +161,7 @@ def sample(pipe, prompt, steps=50, guidance_scale=7.5, latents=None, generator=N
     uncond = embed(pipe, negative_prompt).expand_as(text) if guidance_scale != 1.0 else None
     if latents is None:
         from .latents import factor
+
         side = pipe.unet.config.sample_size * factor(pipe)
         latents = noise(pipe, side, side, generator, batch=len(text))
     z = latents.to(pipe.unet.device, pipe.unet.dtype)
@@ -163,8 +176,10 @@ def sample(pipe, prompt, steps=50, guidance_scale=7.5, latents=None, generator=N
 class Trajectory:
     """A DDIM inversion. `latents[0]` is the clean latent; `latents[k]` has noise level `timesteps[k - 1]`.
 
-    timesteps ascend (1, 21, ...); generation runs through them downwards, so look things up by timestep: `at(t)`.
+    timesteps ascend (1, 21, ...); generation runs through them downwards, so look things up by timestep:
+    `at(t)`.
     """
+
     latents: list = field(default_factory=list)
     timesteps: list = field(default_factory=list)
 
@@ -178,18 +193,20 @@ class Trajectory:
         if t < 0:
             return self.latents[0]
         if t not in self.timesteps:
-            raise ValueError(f"The inversion has no noise level {t}; it has {self.timesteps[0]} to "
-                             f"{self.timesteps[-1]} in {len(self.timesteps)} steps: use the same number of steps.")
+            raise ValueError(
+                f"The inversion has no noise level {t}; it has {self.timesteps[0]} to "
+                f"{self.timesteps[-1]} in {len(self.timesteps)} steps: use the same number of steps."
+            )
         return self.latents[self.timesteps.index(t) + 1]
 
 
 @torch.no_grad()
 def invert(pipe, z0, prompt="", steps=50, on_step=None, upto=None, refine=0, extra=None) -> Trajectory:
-    """DDIM inversion: clean latent (B, 4, h, w) -> the noise that DDIM sampling (guidance 1) leads back to it.
+    """DDIM inversion: clean latent (B, 4, h, w) -> the noise from which DDIM (guidance 1) leads back to it.
 
     prompt: one text, or one per latent. upto: how many of the `steps` levels to climb (all by default).
-    refine: extra fixed-point passes per step; each predicts at the *found* z_t, which removes the off-by-one of
-    `ddim_inverse_step` (and what a recorder keeps then comes from z_t itself). on_step(i, t, z) sees every new z.
+    refine: extra fixed-point passes per step; each predicts at the *found* z_t, which removes the off-by-one
+    of `ddim_inverse_step` (and what a recorder keeps is then of z_t itself). on_step(i, t, z) sees each z.
     """
     scheduler = ddim(pipe, steps)
     upto = steps if upto is None else upto
@@ -215,7 +232,7 @@ def invert(pipe, z0, prompt="", steps=50, on_step=None, upto=None, refine=0, ext
 
 # ---------------------------------------------------------------- cost
 class Passes:
-    """How many pictures went through the U-Net: `.forward`, `.backward` (runs), `.total` = forward + 2 backward."""
+    """How many pictures went through the U-Net: `.forward`, `.backward`, `.total` = forward + 2 backward."""
 
     def __init__(self):
         self.forward, self.backward = 0, 0
@@ -227,28 +244,30 @@ class Passes:
 
 @contextmanager
 def count_passes(unet):
-    """Count U-Net passes per sample (a call with a batch of 3 is 3 passes; a backward through it counts 2 each)."""
+    """Count U-Net passes per sample: a call with a batch of 3 is 3 passes, its backward counts 6 more."""
     passes = Passes()
 
     def before(module, args, kwargs):
         x = args[0] if args else kwargs["sample"]
         passes.forward += len(x)
         if torch.is_grad_enabled() and x.requires_grad:
-            x = x.view_as(x)                     # a node of its own, so that only this call's backward is counted
+            x = x.view_as(x)  # a node of its own, so that only this call's backward is counted
             x.register_hook(lambda grad, n=len(x): count_backward(n))
             return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "sample": x})
 
     def after(module, args, kwargs, output):
         x = args[0] if args else kwargs["sample"]
         y = output[0]
-        if y.requires_grad and not x.requires_grad:      # training: only the weights get a gradient
+        if y.requires_grad and not x.requires_grad:  # training: only the weights get a gradient
             y.register_hook(lambda grad, n=len(y): count_backward(n))
 
     def count_backward(n):
         passes.backward += n
 
-    handles = [unet.register_forward_pre_hook(before, with_kwargs=True),
-               unet.register_forward_hook(after, with_kwargs=True)]
+    handles = [
+        unet.register_forward_pre_hook(before, with_kwargs=True),
+        unet.register_forward_hook(after, with_kwargs=True),
+    ]
     try:
         yield passes
     finally:

@@ -5,16 +5,17 @@
     compose_layers(pipe, background, foreground, occluder)   what both do once the layers are there
 
 Two mechanisms, both called FeatGLaC by somebody, both training-free:
-  "inject"  keys and values of the layers, recorded while the layers are inverted, replace the generation's own in
-            self-attention where a mask says so, at the same timestep (COURSE 4)
-  "guide"   the latent is moved at each step by the gradient of a masked L1 between the generation's U-Net features
-            (last three up-blocks with attention) and the layers' (Parihar et al., ICCV 2025; METHOD 1.2).
-            Written from the description of the method, not from its code.
+  "inject"  keys and values of the layers, recorded while the layers are inverted, take the place of the
+            generation's own in self-attention where a mask says so, at the same timestep (COURSE 4)
+  "guide"   the latent is moved at each step by the gradient of a masked L1 between the generation's U-Net
+            features (last three up-blocks with attention) and the layers' (Parihar et al., ICCV 2025;
+            METHOD 1.2). Written from the description of the method, not from its code.
 
-The pasted picture ("composite") has the right things in the right order, in the wrong light and without shadows. The
-edit climbs from it (or from the background, or from noise) to `noise_level`, and comes down again held by the layers'
-features: tightly to the background far from the object, softly around it, where a shadow may fall.
+The pasted picture ("composite") has the right things in the right order, in the wrong light, without shadows.
+The edit climbs from it (or from the background, or from noise) to `noise_level`, and comes down again held by
+the layers' features: tightly to the background far from the object, softly around it, for a shadow to fall.
 """
+
 import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -30,30 +31,32 @@ from . import attention, deglad, diffusion, inpaint, latents
 class Settings:
     """All that may be chosen; every field is an argument of `compose_layers`, `insert_object` and `compose`.
 
-    steps, guidance_scale, negative_prompt: as in sampling. guidance_scale 1 needs one U-Net pass per step, not two.
-    background_prompt: describes the background alone ("" fits any); the inversion of the background uses it.
+    steps, guidance_scale, negative_prompt: as in sampling. Scale 1 needs one U-Net pass per step, not two.
+    background_prompt: describes the background alone ("" fits any); its inversion uses it.
     noise_level: how far up the edit goes, 0..1 of the steps. Low keeps the pasted light, 1 forgets it.
-    start: where it starts from there: "background" or "composite" (inverted), "noised" (composite + fresh noise),
-      "mixed" (inverted background, inside the object the noised composite), "noise" (pure noise; noise_level 1).
-    sources: what the layers' features come from: "inverted" or "noised" layers.
-    strength: of the object's layer in K/V; keep: of the background outside the ring; free: of the background inside
-      the ring (0 = the shadow may do what it likes). All 0..1.
-    ring: width of the ring around the object, in units of the object's size (its larger side).
-    layers, window, parts, mode: as in `attention.inject`; window is counted over all steps, from noise to picture.
+    start: where the way down begins: "background" or "composite" (inverted), "noised" (composite + fresh
+        noise), "mixed" (noised composite in the ring, inverted background outside), "noise" (pure; level 1).
+    sources: where the layers' features come from: "inverted" or "noised" layers.
+    strength, keep, free: 0..1, share of foreign K/V on the object, outside the ring (the background's), and
+        in the ring (the background's; 0 = a shadow may do what it likes).
+    ring: width of the ring around the object, in units of the object's larger side (at most 40 % of the
+        picture's smaller side).
+    layers, window, parts, mode: as in `attention.inject`; window from noise (0) to picture (1).
     call: "recorded" reuses K/V recorded once; "batched" runs [layers, generation] in one call per step.
     refine: fixed-point passes of the inversion (each costs as much as the inversion again).
-    anchor: 0..1, how firmly the latent outside the ring is put back on the background's own path after each step.
-    weights, inner_steps, step_size, normalise, guide_window: of "guide". weights are per up-block, coarse to fine;
-      with normalise the update has RMS step_size in units of the noise level's sigma, else it is the plain
-      step_size * gradient of the paper.
-    decode: "residual" (composite + D(z) - D(E(composite))), "plain" (D(z)), "blend" (by the size of the change).
-    restore: "occluder" puts back the pixels in front of the object, "outside" all outside the ring as well, "none".
-    fill, soft: of `compose`: how the hole behind B's foreground is filled (`lib.inpaint.fill`), and the half width
-      in pixels of the cut's soft edge (`deglad.split`).
+    anchor: 0..1, how firmly the latent outside the ring is put back on the background's path at each step.
+    weights, inner_steps, step_size, normalise, guide_window: of "guide". weights: per up-block, coarse to
+        fine. With normalise an update has RMS step_size x the noise level's sigma, else it is the paper's
+        plain step_size x gradient.
+    decode: "residual" (composite + D(z) - D(E(composite))), "plain" (D(z)), "blend" (by size of the change).
+    restore: "occluder" puts back what is in front of the object, "outside" all outside the ring too, "none".
+    fill, soft: of `compose`: how the hole behind B's foreground is filled (`lib.inpaint.fill`), and the half
+        width in pixels of the cut's soft edge (`deglad.split`).
     paste_at: progress (0 noise .. 1 picture) of the one step of "latent-paste".
-    samples: number of edits averaged in pixel space (>1 only helps when the start is noised).
+    samples: edits averaged into one picture (more than 1 helps only where the start is noised).
     bank_device, bank_dtype: where recorded K/V and features are kept ("cpu", torch.float16 for large models).
     """
+
     steps: int = 50
     guidance_scale: float = 1.0
     negative_prompt: str = ""
@@ -87,18 +90,25 @@ class Settings:
     bank_dtype: object = None
 
 
-CHOICES = {"start": ("background", "composite", "noised", "mixed", "noise"), "sources": ("inverted", "noised"),
-           "decode": ("residual", "plain", "blend"), "restore": ("occluder", "outside", "none"),
-           "call": ("recorded", "batched"), "mode": tuple(attention.MODES)}
+CHOICES = {
+    "start": ("background", "composite", "noised", "mixed", "noise"),
+    "sources": ("inverted", "noised"),
+    "decode": ("residual", "plain", "blend"),
+    "restore": ("occluder", "outside", "none"),
+    "call": ("recorded", "batched"),
+    "mode": tuple(attention.MODES),
+}
 UNIT = ("noise_level", "strength", "keep", "free", "anchor", "paste_at")
 
 
 @dataclass
 class Edit:
-    """What came out. image: (1, 3, H, W); composite: the depth-aware paste it started from; layers: a dict with
-    background, foreground (RGBA), occluder, object (visible alpha), ring (where the edit may act); z: the final latent
-    (None for pixel baselines); passes: U-Net passes per sample, a backward counts 2; seconds; peak_memory: bytes on
-    the GPU, or of the process; bank_bytes: recorded features; settings: a dict; stages: named latents' pictures."""
+    """What came out. image: (1, 3, H, W); composite: the depth-aware paste it started from; layers: a dict
+    with background, foreground (RGBA), occluder, object (visible alpha), ring (where the edit may act); z:
+    the final latent (None for pixel baselines); passes: U-Net passes per sample, a backward counts 2;
+    seconds; peak_memory: bytes on the GPU, or of the process; bank_bytes: recorded features; settings: a
+    dict."""
+
     image: torch.Tensor
     composite: torch.Tensor
     layers: dict
@@ -115,6 +125,7 @@ class Edit:
 @dataclass
 class _Job:
     """One edit on its way: pictures, masks, text features and settings."""
+
     pipe: object
     background: torch.Tensor
     foreground: torch.Tensor
@@ -150,9 +161,28 @@ class _Job:
         """Number of steps between the picture and the edit's noise level."""
         return max(1, round(self.set.noise_level * self.set.steps))
 
+    @property
+    def extra(self):
+        """What a 9-channel inpainting U-Net takes besides the latent (else None). Hole = the ring."""
+        if self.pipe.unet.config.in_channels == 4:
+            return None
+        if "extra" not in self.cache:
+            hole = (self.ring > 0).to(self.background)
+            known = latents.encode(self.pipe, over(0.5, hole, self.background))
+            cells = F.interpolate(hole, known.shape[-2:]).to(known)  # as the inpainting pipeline makes them
+            self.cache["extra"] = torch.cat([cells, known], 1)
+        return self.cache["extra"]
+
+    def predict(self, z, t, text, uncond=None) -> torch.Tensor:
+        """The U-Net on a batch of latents; one text for all, or one each."""
+        expand = lambda x: x if x is None or len(x) == len(z) else x.expand(len(z), -1, -1)
+        return diffusion.predict(
+            self.pipe, z, t, expand(text), expand(uncond), self.set.guidance_scale, self.extra
+        )
+
     def times(self) -> list:
         """The timesteps of the way down, descending."""
-        return self.scheduler.timesteps.tolist()[self.set.steps - self.climb():]
+        return self.scheduler.timesteps.tolist()[self.set.steps - self.climb() :]
 
     def noise_like(self, z) -> torch.Tensor:
         return torch.randn(z.shape, generator=self.generator, dtype=torch.float32).to(z)
@@ -179,18 +209,19 @@ def object_size(mask) -> float:
 
 
 def ring(mask, width) -> torch.Tensor:
-    """Where the edit may act (1, 1, H, W): 1 on the object and around it, falling to 0 at `width` object sizes."""
+    """Where the edit may act (1, 1, H, W): 1 on the object and around it, 0 from `width` object sizes on."""
     from scipy.ndimage import distance_transform_edt
+
     inside = (mask[0, 0] >= 0.5).cpu().numpy()
     distance = torch.from_numpy(distance_transform_edt(~inside)).float()[None, None].to(mask)
-    radius = width * object_size(mask)
+    radius = width * min(object_size(mask), 0.4 * min(mask.shape[-2:]))  # a near layer may span the picture
     if radius < 1:
         return torch.maximum((distance < 1).to(mask), mask)
     return ((radius - distance) / (0.4 * radius)).clamp(0, 1)
 
 
 def place(cutout, size, x=0.5, y=0.9, height=0.4) -> torch.Tensor:
-    """Put a cut-out RGBA (1, 4, h, w) on an empty canvas: bottom centre at (x, y), all as parts of the canvas.
+    """Put a cut-out RGBA (1, 4, h, w) on an empty canvas, its bottom centre at (x, y) (parts of it).
 
     size: (H, W) of the canvas; height: of the object's own box (its opaque part). Straight alpha in and out.
     """
@@ -198,17 +229,21 @@ def place(cutout, size, x=0.5, y=0.9, height=0.4) -> torch.Tensor:
     opaque = cutout[0, 3] > 0.05
     top, bottom = opaque.any(1).nonzero()[[0, -1], 0].tolist()
     left, right = opaque.any(0).nonzero()[[0, -1], 0].tolist()
-    cutout = cutout[..., top:bottom + 1, left:right + 1]
+    cutout = cutout[..., top : bottom + 1, left : right + 1]
     h = max(1, round(height * size[0]))
     w = max(1, round(h * cutout.shape[-1] / cutout.shape[-2]))
-    premultiplied = torch.cat([cutout[:, :3] * cutout[:, 3:], cutout[:, 3:]], 1)     # so that no hidden colour bleeds
+    premultiplied = torch.cat(
+        [cutout[:, :3] * cutout[:, 3:], cutout[:, 3:]], 1
+    )  # so that no hidden colour bleeds
     small = F.interpolate(premultiplied, (h, w), mode="bilinear", antialias=True, align_corners=False)
     canvas = torch.zeros(1, 4, *size)
     top, left = round(y * size[0]) - h, round(x * size[1] - w / 2)
     rows, columns = slice(max(top, 0), min(top + h, size[0])), slice(max(left, 0), min(left + w, size[1]))
     if rows.start >= rows.stop or columns.start >= columns.stop:
         raise ValueError(f"At x={x}, y={y} the object lies outside the picture; choose both between 0 and 1.")
-    canvas[..., rows, columns] = small[..., rows.start - top:rows.stop - top, columns.start - left:columns.stop - left]
+    canvas[..., rows, columns] = small[
+        ..., rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
+    ]
     alpha = canvas[:, 3:].clamp(0, 1)
     return torch.cat([(canvas[:, :3] / alpha.clamp(min=1e-4)).clamp(0, 1) * (alpha > 0), alpha], 1)
 
@@ -222,71 +257,112 @@ def check_rgba(x, name="foreground"):
 
 
 # ---------------------------------------------------------------- the entries
-def compose_layers(pipe, background, foreground, occluder=None, prompt="", mechanism="inject", generator=None,
-                   inpaint_pipe=None, settings=None, **options) -> Edit:
+def compose_layers(
+    pipe,
+    background,
+    foreground,
+    occluder=None,
+    prompt="",
+    mechanism="inject",
+    generator=None,
+    inpaint_pipe=None,
+    settings=None,
+    **options,
+) -> Edit:
     """Put a layer into a picture, between what is nearer than it and what is farther.
 
-    background (1, 3, H, W) [0, 1]: the whole picture without the object. foreground (1, 4, H, W): straight-alpha layer
-    of the same size. occluder (1, 1, H, W): 1 = nearer than the object (the near floor too). prompt: describes the
-    finished picture. mechanism: one of `MECHANISMS`. settings: a `Settings`; options: single fields of it.
+    background (1, 3, H, W) [0, 1]: the whole picture without the object. foreground (1, 4, H, W):
+    straight-alpha layer of the same size. occluder (1, 1, H, W): 1 = nearer than the object (the near floor
+    too). prompt: describes the finished picture. mechanism: one of `MECHANISMS`. settings: a `Settings`;
+    options: single fields of it.
     inpaint_pipe: the 9-channel pipeline for mechanism "inpaint" (else `pipe` fills in by blended latents).
     Raises ValueError for wrong shapes, ranges, names, an empty layer, or an object that is wholly hidden.
     """
     if mechanism not in MECHANISMS:
         raise ValueError(f"Unknown mechanism {mechanism!r}; known: {', '.join(MECHANISMS)}.")
-    job = _Job(pipe, *_check_layers(pipe, background, foreground, occluder), prompt, _settings(settings, options),
-               generator, inpaint_pipe)
+    job = _Job(
+        pipe,
+        *_check_layers(pipe, background, foreground, occluder),
+        prompt,
+        _settings(settings, options),
+        generator,
+        inpaint_pipe,
+    )
     device = pipe.unet.device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     begin = time.perf_counter()
     with ExitStack() as stack:
-        counted = [stack.enter_context(diffusion.count_passes(p.unet)) for p in {id(p): p for p in
-                                                                                  (pipe, inpaint_pipe) if p}.values()]
+        counted = [
+            stack.enter_context(diffusion.count_passes(p.unet))
+            for p in {id(p): p for p in (pipe, inpaint_pipe) if p}.values()
+        ]
         image, z = MECHANISMS[mechanism](job)
         image = _restore(job, image)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    layers = {"background": background, "foreground": foreground, "occluder": job.occluder, "object": job.visible,
-              "ring": job.ring}
-    return Edit(image, job.composite, layers, z, sum(c.total for c in counted), sum(c.backward for c in counted),
-                time.perf_counter() - begin, _peak_memory(device), job.bank_bytes, mechanism, asdict(job.set))
+    layers = {
+        "background": background,
+        "foreground": foreground,
+        "occluder": job.occluder,
+        "object": job.visible,
+        "ring": job.ring,
+    }
+    return Edit(
+        image,
+        job.composite,
+        layers,
+        z,
+        sum(c.total for c in counted),
+        sum(c.backward for c in counted),
+        time.perf_counter() - begin,
+        _peak_memory(device),
+        job.bank_bytes,
+        mechanism,
+        asdict(job.set),
+    )
 
 
 def insert_object(pipe, image, depth, cutout, prompt, at, mechanism="inject", where=None, **options) -> Edit:
     """Object insertion at a user depth: what is nearer than `at` stays in front of the object.
 
     image (1, 3, H, W); depth: a `DepthMap` of the same size; at: as in `DepthMap.at` (0.5, "2.4m").
-    cutout: RGBA canvas (1, 4, H, W) with the object in its place (see `place`), or None: then the object is made
-    from the prompt inside the mask `where` (1, 1, H, W) by the inpainting model and edited from there.
+    cutout: RGBA canvas (1, 4, H, W) with the object in its place (see `place`), or None: then the object is
+    made from the prompt inside the mask `where` (1, 1, H, W) by the inpainting model and edited from there.
     """
     latents.check_image(image)
     depth = deglad.as_depth_map(depth)
     if depth.size != tuple(image.shape[-2:]):
-        raise ValueError(f"The depth map is {depth.size[0]}x{depth.size[1]}, the picture {image.shape[-2]}x"
-                         f"{image.shape[-1]}: resize one of them.")
+        raise ValueError(
+            f"The depth map is {depth.size[0]}x{depth.size[1]}, the picture {image.shape[-2]}x"
+            f"{image.shape[-1]}: resize one of them."
+        )
     occluder = ((depth.values < depth.at(at)) & (depth.valid > 0.5)).float().to(image)
     extra = 0
     if cutout is None:
         cutout, extra = _object_from_prompt(pipe, image, occluder, where, prompt, options)
-        if mechanism == "inpaint":                       # it was just made; only the occluder is left to put back
+        if mechanism == "inpaint":  # it was just made; only the occluder is left to put back
             mechanism = "alpha"
     edit = compose_layers(pipe, image, cutout, occluder, prompt, mechanism, **options)
     edit.passes += extra
     return edit
 
 
-def compose(pipe, image_a, depth_a, image_b, depth_b, at, prompt="", mechanism="inject", fill_prompt=None, **options) -> Edit:
+def compose(
+    pipe, image_a, depth_a, image_b, depth_b, at, prompt="", mechanism="inject", fill_prompt=None, **options
+) -> Edit:
     """Scene compositing at a depth: A's surfaces nearer than `at` in front of B's beyond it.
 
-    Both pictures (1, 3, H, W) of one size, each with its `DepthMap`. prompt describes the result. B's own near things
-    are taken away and the hole filled by `fill` (Settings) before A's layer covers most of it.
+    Both pictures (1, 3, H, W) of one size, each with its `DepthMap`. prompt describes the result. B's own
+    near things are taken away and the hole filled by `fill` (Settings) before A's layer covers most of it.
     """
     for name, image in (("image_a", image_a), ("image_b", image_b)):
         latents.check_image(image, name)
     if image_a.shape != image_b.shape:
-        raise ValueError(f"image_a is {tuple(image_a.shape)} and image_b {tuple(image_b.shape)}: resize one of them.")
+        raise ValueError(
+            f"image_a is {tuple(image_a.shape)} and image_b {tuple(image_b.shape)}: resize one of them."
+        )
     chosen = _settings(options.get("settings"), {k: v for k, v in options.items() if k in NAMES})
     front = deglad.split(image_a, depth_a, at, chosen.soft)
     extra = {"prompt": fill_prompt} if fill_prompt is not None else {}
@@ -328,14 +404,20 @@ def _check_layers(pipe, background, foreground, occluder):
     latents.check_image(occluder, "occluder", channels=1)
     sizes = {tuple(x.shape[-2:]) for x in (background, foreground, occluder)}
     if len(sizes) > 1 or {len(x) for x in (background, foreground, occluder)} != {1}:
-        raise ValueError(f"background, foreground and occluder must be one picture each, of one size; they are "
-                         f"{tuple(background.shape)}, {tuple(foreground.shape)}, {tuple(occluder.shape)}.")
+        raise ValueError(
+            f"background, foreground and occluder must be one picture each, of one size; they are "
+            f"{tuple(background.shape)}, {tuple(foreground.shape)}, {tuple(occluder.shape)}."
+        )
     if (foreground[:, 3:] * (1 - occluder)).max() < 0.5:
-        raise ValueError("The object is wholly hidden by what is nearer; choose a smaller depth (nearer to the camera).")
+        raise ValueError(
+            "The object is wholly hidden by what is nearer; choose a smaller depth (nearer to the camera)."
+        )
     unit = latents.factor(pipe) * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     h, w = background.shape[-2:]
     if h % unit or w % unit:
-        raise ValueError(f"The picture is {h}x{w}; this pipeline needs multiples of {unit}: resize or crop it first.")
+        raise ValueError(
+            f"The picture is {h}x{w}; this pipeline needs multiples of {unit}: resize or crop it first."
+        )
     return background, foreground, occluder
 
 
@@ -345,17 +427,25 @@ def _object_from_prompt(pipe, image, occluder, where, prompt, options):
         raise ValueError("Without a cut-out, give `where`: a mask (1, 1, H, W) of the place for the object.")
     latents.check_image(where, "where", channels=1)
     if where.shape[-2:] != image.shape[-2:] or where.max() < 0.5:
-        raise ValueError(f"where must be a mask of the picture's size {tuple(image.shape[-2:])} that is not empty.")
+        raise ValueError(
+            f"where must be a mask of the picture's size {tuple(image.shape[-2:])} that is not empty."
+        )
     model = options.get("inpaint_pipe") or pipe
     hole = where * (1 - occluder)
     with diffusion.count_passes(model.unet) as passes:
-        filled = inpaint.with_model(model, image, (hole > 0.5).float(), prompt, options.get("steps", Settings.steps),
-                                    generator=options.get("generator"))
+        filled = inpaint.with_model(
+            model,
+            image,
+            (hole > 0.5).float(),
+            prompt,
+            options.get("steps", Settings.steps),
+            generator=options.get("generator"),
+        )
     return torch.cat([filled, where], 1), passes.total
 
 
 def _peak_memory(device):
-    """Bytes: the GPU's peak since the edit began; on the CPU the process's high-water mark (None on Windows)."""
+    """Bytes: the GPU's peak since the edit began; on the CPU the process's peak (not on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -363,6 +453,7 @@ def _peak_memory(device):
     except ImportError:
         return None
     import sys
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -371,18 +462,19 @@ def _decode(job, z) -> torch.Tensor:
     """The edited latent as a picture, by the chosen kind of decoding (DESIGN 7)."""
     target = job.composite
     if job.set.decode == "plain":
-        return latents.decode(job.pipe, z).to(target)
-    after, before = latents.decode(job.pipe, torch.cat([z, job.latent("composite")]), clamp=False).to(target).split(1)
+        return latents.decode(job.pipe, z).to(target).mean(0, keepdim=True)
+    both = latents.decode(job.pipe, torch.cat([z, job.latent("composite")]), clamp=False).to(target)
+    after, before = both[:-1].mean(0, keepdim=True), both[-1:]
     residual = (target + after - before).clamp(0, 1)
     if job.set.decode == "residual":
         return residual
     change = F.avg_pool2d((after - before).abs().mean(1, keepdim=True), 9, 1, 4, count_include_pad=False)
-    weight = ((change - 0.04) / 0.12).clamp(0, 1)        # below 4 % change residual, above 16 % plain decoding
+    weight = ((change - 0.04) / 0.12).clamp(0, 1)  # below 4 % change residual, above 16 % plain decoding
     return over(after.clamp(0, 1), weight, residual)
 
 
 def _restore(job, image) -> torch.Tensor:
-    """Put back, bit for bit, occluder pixels that overlap the object; with "outside" also what the ring excludes.
+    """Put back, bit for bit, occluder pixels over the object; with "outside" also what the ring excludes.
 
     Not the whole occluder: near *floor* is nearer than d too, and the shadow falls on it."""
     if job.set.restore == "none":
@@ -394,19 +486,47 @@ def _restore(job, image) -> torch.Tensor:
     return image
 
 
+def restored(edit, restore="outside") -> torch.Tensor:
+    """The picture of an edit made with restore="none", with pixels put back as `restore` says."""
+    part = edit.layers
+    return _restore(
+        _Pixels(
+            edit.composite,
+            part["foreground"][:, 3:],
+            part["occluder"],
+            part["ring"],
+            part["background"],
+            Settings(restore=restore),
+        ),
+        edit.image,
+    )
+
+
+@dataclass
+class _Pixels:
+    composite: torch.Tensor
+    alpha: torch.Tensor
+    occluder: torch.Tensor
+    ring: torch.Tensor
+    background: torch.Tensor
+    set: Settings
+
+
 # ---------------------------------------------------------------- mechanisms
 def _layer_paths(job, listen=nullcontext()):
     """Bring both layers up to the edit's noise level, while `listen` records: (Trajectory, what listen gave).
 
-    Row 0 is the background, row 1 the composite. Inverted: one U-Net pass per layer and step. The off-by-one of
-    DDIM inversion (see `diffusion.ddim_inverse_step`) means that what is filed under t was seen in the latent one
-    level below; `refine=1` or "noised" sources see z_t itself.
+    Row 0 is the background, row 1 the composite. Inverted: one U-Net pass per layer and step. The off-by-one
+    of DDIM inversion (see `diffusion.ddim_inverse_step`) means that what is filed under t was seen in the
+    latent one level below; `refine=1` or "noised" sources see z_t itself.
     """
     z0 = torch.cat([job.latent("background"), job.latent("composite")])
     prompts = [job.set.background_prompt, job.prompt]
     if job.set.sources == "inverted":
         with listen as heard:
-            path = diffusion.invert(job.pipe, z0, prompts, job.set.steps, upto=job.climb(), refine=job.set.refine)
+            path = diffusion.invert(
+                job.pipe, z0, prompts, job.set.steps, upto=job.climb(), refine=job.set.refine, extra=job.extra
+            )
         return path, heard
     noise, text = job.noise_like(z0[:1]), torch.cat([job.text(p) for p in prompts])
     path = diffusion.Trajectory([z0], [])
@@ -415,29 +535,26 @@ def _layer_paths(job, listen=nullcontext()):
             path.latents.append(diffusion.q_sample(job.scheduler, z0, t, noise.expand_as(z0)))
             path.timesteps.append(t)
             if not isinstance(listen, nullcontext):
-                diffusion.predict(job.pipe, path.noise, t, text)
+                job.predict(path.noise, t, text)
     return path, heard
 
 
 def _start(job, path) -> torch.Tensor:
     """The latent from which the way down begins."""
-    kind, top = job.set.start, job.times()[0]
+    kind, top, n = job.set.start, job.times()[0], job.set.samples
     background, composite = path.at(top).split(1)
     if kind in ("background", "composite"):
-        return {"background": background, "composite": composite}[kind]
-    noise = job.noise_like(background)
+        return {"background": background, "composite": composite}[kind].expand(n, -1, -1, -1)
+    noise = job.noise_like(background.expand(n, -1, -1, -1))
     if kind == "noise":
         return noise
     noised = diffusion.q_sample(job.scheduler, job.latent("composite"), top, noise)
-    if kind == "noised":
-        return noised
-    inside = job.grid(job.ring)
-    return _mix_noise(noised, background, inside)
+    return noised if kind == "noised" else _mix_noise(noised, background, job.grid(job.ring))
 
 
 def _mix_noise(a, b, w):
     """w a + (1 - w) b of two equally noisy latents, without the loss of variance at soft edges."""
-    return (w * a + (1 - w) * b) / (w**2 + (1 - w)**2).sqrt()
+    return (w * a + (1 - w) * b) / (w**2 + (1 - w) ** 2).sqrt()
 
 
 def _anchored(job, z, t_to, path):
@@ -449,31 +566,35 @@ def _anchored(job, z, t_to, path):
 
 
 def layer_masks(job) -> torch.Tensor:
-    """Weights (2, 1, H, W) of [background, composite] in K/V: tight far away, loose in the ring, the object its own."""
+    """Weights (2, 1, H, W) of [background, composite] in K/V: tight far away, loose in the ring."""
     around = 1 - job.visible
     background = around * (job.set.keep * (1 - job.ring) + job.set.free * job.ring)
     return torch.cat([background, job.visible * job.set.strength])
 
 
 def _inject(job):
-    """COURSE 4: K/V of the layers, masked, at the same timestep. Passes per step: 2 (recording) + 1 (or 2 with CFG)."""
+    """COURSE 4: K/V of the layers, masked, at the same timestep. Passes per step: 2 + 1 (CFG: 2 + 2)."""
     s, unet = job.set, job.pipe.unet
     window = dict(layers=s.layers, window=s.window)
     batched = s.call == "batched"
-    listen = nullcontext() if batched else attention.record(unet, **window, device=s.bank_device, dtype=s.bank_dtype)
+    listen = (
+        nullcontext()
+        if batched
+        else attention.record(unet, **window, device=s.bank_device, dtype=s.bank_dtype)
+    )
     path, bank = _layer_paths(job, listen)
     job.bank_bytes = 0 if batched else bank.bytes
-    images, z = [], None
-    for _ in range(s.samples):
-        with torch.no_grad(), attention.inject(unet, 2 if batched else bank, layer_masks(job), parts=s.parts,
-                                               mode=s.mode, **window):
-            z = _descend(job, path, batched)
-        images.append(_decode(job, z))
-    return torch.stack(images).mean(0), z
+    source = 2 if batched else bank
+    with (
+        torch.no_grad(),
+        attention.inject(unet, source, layer_masks(job), parts=s.parts, mode=s.mode, **window),
+    ):
+        z = _descend(job, path, batched)
+    return _decode(job, z), z
 
 
 def _descend(job, path, batched=False, before_step=None):
-    """The way down from `noise_level` to the picture, anchored, with or without guidance: the final latent."""
+    """The way down from `noise_level` to the picture, anchored: the final latent."""
     s = job.set
     z, text, uncond = _start(job, path), job.text(job.prompt), job.uncond()
     layers = torch.cat([job.text(p) for p in (s.background_prompt, job.prompt)])
@@ -481,19 +602,19 @@ def _descend(job, path, batched=False, before_step=None):
         if before_step:
             z = before_step(z, t)
         if batched:
-            rows = 2 if uncond is not None else 1
-            x = torch.cat([path.at(t), z.expand(rows, -1, -1, -1)])
-            out = diffusion.predict(job.pipe, x, t, torch.cat([layers] + ([uncond] if rows == 2 else []) + [text]))[2:]
-            out = out if rows == 1 else diffusion.cfg(out[:1], out[1:], s.guidance_scale)
+            texts = [layers] + [x.expand(len(z), -1, -1) for x in (uncond, text) if x is not None]
+            x = torch.cat([path.at(t)] + [z] * (len(texts) - 1))
+            out = job.predict(x, t, torch.cat(texts))[2:]
+            out = out if uncond is None else diffusion.cfg(*out.chunk(2), s.guidance_scale)
         else:
-            out = diffusion.predict(job.pipe, z, t, text, uncond, s.guidance_scale)
+            out = job.predict(z, t, text, uncond)
         z = diffusion.ddim_step(job.scheduler, out, t, z)
         z = _anchored(job, z, diffusion.previous(job.scheduler, t), path)
     return z
 
 
 def guide_blocks(unet) -> list:
-    """Names of the last three up-blocks with attention, coarse to fine (SD 1.5: up_blocks.1, 2, 3; mini: 0, 1, 2)."""
+    """Names of the last three up-blocks with attention, coarse to fine (SD 1.5: up_blocks.1 to 3)."""
     found = [f"up_blocks.{i}" for i, b in enumerate(unet.up_blocks) if getattr(b, "attentions", None)]
     if not found:
         raise ValueError("This U-Net has no up-block with attention to guide by.")
@@ -501,7 +622,7 @@ def guide_blocks(unet) -> list:
 
 
 class _Features:
-    """Context manager: outputs of the guide blocks by forward hooks. `now` is the last call's; `kept` is by timestep."""
+    """Context manager: outputs of the guide blocks by forward hooks. `kept`: by timestep."""
 
     def __init__(self, unet, keep=False, device=None, dtype=None):
         self.unet, self.names, self.now, self.kept, self.calls = unet, guide_blocks(unet), {}, {}, {}
@@ -536,17 +657,19 @@ class _Features:
 
 
 def feature_loss(now, wanted, masks, weights) -> torch.Tensor:
-    """sum_l w_l sum_i mean over cells under mask i, mean over channels, of |now_l - wanted_l[i]|  (METHOD 1.2).
+    """sum_l w_l sum_i mean over cells under mask i, mean over channels, of |now_l - wanted_l[i]| (METHOD 1.2)
 
-    now, wanted: lists of (1, C, h, w) and (S, C, h, w), coarse to fine; masks (S, 1, H, W), average-pooled to each
-    grid: the share of a cell that is covered weighs its error.
+    now, wanted: lists of (B, C, h, w) and (S, C, h, w), coarse to fine; masks (S, 1, H, W), average-pooled to
+    each
+    grid: the share of a cell that is covered weighs its error. Summed over the B pictures, which stay
+    independent.
     """
     loss = 0.0
     for mine, theirs, weight in zip(now, wanted, weights):
         if weight:
             m = F.adaptive_avg_pool2d(masks, mine.shape[-2:]).to(mine)
-            error = ((mine - theirs.to(mine)).abs().mean(1, keepdim=True) * m).sum((1, 2, 3))
-            loss = loss + weight * (error / m.sum((1, 2, 3)).clamp(min=1e-6)).sum()
+            error = (mine.unsqueeze(1) - theirs.to(mine)).abs().mean(2, keepdim=True) * m  # (B, S, 1, h, w)
+            loss = loss + weight * (error.sum((2, 3, 4)) / m.sum((1, 2, 3)).clamp(min=1e-6)).sum()
     return loss
 
 
@@ -555,7 +678,9 @@ def _guide(job):
     s, unet = job.set, job.pipe.unet
     names = guide_blocks(unet)
     if len(s.weights) != len(names):
-        raise ValueError(f"weights needs {len(names)} numbers (for {', '.join(names)}), not {len(s.weights)}.")
+        raise ValueError(
+            f"weights needs {len(names)} numbers (for {', '.join(names)}), not {len(s.weights)}."
+        )
     path, wanted = _layer_paths(job, _Features(unet, True, s.bank_device, s.bank_dtype))
     job.bank_bytes, masks, text = wanted.bytes, layer_masks(job), job.text(job.prompt)
     active = attention.in_window(s.guide_window)
@@ -567,25 +692,22 @@ def _guide(job):
         for _ in range(s.inner_steps):
             with torch.enable_grad(), _Features(unet) as heard:
                 z = z.detach().requires_grad_()
-                diffusion.predict(job.pipe, z, t, text)
+                job.predict(z, t, text)
                 loss = feature_loss([heard.now[n] for n in names], theirs, masks, s.weights)
                 (grad,) = torch.autograd.grad(loss, z)
             z = (z - _step(job, grad, t)).detach()
         return z
 
-    images, z = [], None
-    frozen = [p for p in unet.parameters() if p.requires_grad]
+    trained = [p for p in unet.parameters() if p.requires_grad]
     try:
-        for p in frozen:
+        for p in trained:  # no gradient for weights that nobody will use
             p.requires_grad_(False)
-        for _ in range(s.samples):
-            with torch.no_grad():
-                z = _descend(job, path, before_step=push)
-            images.append(_decode(job, z))
+        with torch.no_grad():
+            z = _descend(job, path, before_step=push)
     finally:
-        for p in frozen:
+        for p in trained:
             p.requires_grad_(True)
-    return torch.stack(images).mean(0), z
+    return _decode(job, z), z
 
 
 def _step(job, grad, t):
@@ -594,7 +716,9 @@ def _step(job, grad, t):
     if not job.set.normalise:
         return job.set.step_size * grad
     sigma = (1 - diffusion.alpha_at(job.scheduler, t)).sqrt().item()
-    return job.set.step_size * sigma * grad / grad.square().mean().sqrt().clamp(min=1e-12)
+    return (
+        job.set.step_size * sigma * grad / grad.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
+    )
 
 
 # ---------------------------------------------------------------- baselines, in the same call shape
@@ -615,11 +739,13 @@ def _poisson(job):
 
 
 def poisson(background, foreground, occluder) -> torch.Tensor:
-    """Solve for the picture inside the visible object whose gradients are the foreground's and whose rim is the
-    background's. The picture's border and the occluder set no rim: colours must not bleed in from things in front.
+    """Solve for the picture inside the visible object whose gradients are the foreground's and whose rim is
+    the background's. The picture's border and the occluder set no rim: colours must not bleed in from things
+    in front.
     """
     from scipy.sparse import coo_matrix
     from scipy.sparse.linalg import spsolve
+
     below = background[0].permute(1, 2, 0).double().cpu().numpy()
     above = foreground[0, :3].permute(1, 2, 0).double().cpu().numpy()
     alpha, front = (x[0, 0].cpu().numpy() for x in (foreground[:, 3:], occluder))
@@ -628,12 +754,12 @@ def poisson(background, foreground, occluder) -> torch.Tensor:
         return over(foreground[:, :3], foreground[:, 3:] * (1 - occluder), background)
     number = np.full(inside.shape, -1)
     number[inside] = np.arange(inside.sum())
-    pull = 1e-4                                  # a weak wish for the pasted colour: islands without a rim need one
+    pull = 1e-4  # a weak wish for the pasted colour: islands without a rim need one
     diagonal, right = np.full(inside.sum(), pull), pull * above[inside]
     rows, columns = [], []
     for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0)):
         shift = lambda x: _shift(x, dy, dx)
-        known = shift(np.ones(inside.shape)) > 0                          # the neighbour lies inside the picture
+        known = shift(np.ones(inside.shape)) > 0  # the neighbour lies inside the picture
         mate = shift(inside.astype(float)) > 0
         same = inside & mate
         rim = inside & known & ~mate & (shift(front) < 0.5)
@@ -645,8 +771,12 @@ def poisson(background, foreground, occluder) -> torch.Tensor:
         right[number[rim]] += shift(below)[rim]
     rows, columns = np.concatenate(rows), np.concatenate(columns)
     every = np.arange(len(diagonal))
-    matrix = coo_matrix((np.concatenate([-np.ones(len(rows)), diagonal]),
-                         (np.concatenate([rows, every]), np.concatenate([columns, every])))).tocsc()
+    matrix = coo_matrix(
+        (
+            np.concatenate([-np.ones(len(rows)), diagonal]),
+            (np.concatenate([rows, every]), np.concatenate([columns, every])),
+        )
+    ).tocsc()
     result = below.copy()
     result[inside] = np.stack([spsolve(matrix, right[:, c]) for c in range(3)], 1)
     return torch.from_numpy(result).permute(2, 0, 1)[None].to(background).clamp(0, 1)
@@ -656,19 +786,26 @@ def _shift(x, dy, dx):
     """x at the neighbour (y + dy, x + dx); 0 outside the picture."""
     out = np.zeros_like(x)
     h, w = x.shape[:2]
-    out[max(-dy, 0):h - max(dy, 0), max(-dx, 0):w - max(dx, 0)] = x[max(dy, 0):h + min(dy, 0), max(dx, 0):w + min(dx, 0)]
+    out[max(-dy, 0) : h - max(dy, 0), max(-dx, 0) : w - max(dx, 0)] = x[
+        max(dy, 0) : h + min(dy, 0), max(dx, 0) : w + min(dx, 0)
+    ]
     return out
 
 
 def _blended_latent(job):
-    """Blended latent diffusion (Avrahami et al. 2023), from the noised composite: around the object the background,
-    noised to the level *just reached*, is put back after every step. (Their code noises it to the level before.)"""
-    hole, background, noise = job.grid(job.visible, hard=True), job.latent("background"), job.noise_like(job.latent("background"))
+    """Blended latent diffusion (Avrahami et al. 2023), from the noised composite: around the object the
+    background, noised to the level *just reached*, is put back after every step. (Their code noises it to the
+    level before.)"""
+    hole, background, noise = (
+        job.grid(job.visible, hard=True),
+        job.latent("background"),
+        job.noise_like(job.latent("background")),
+    )
     z = diffusion.q_sample(job.scheduler, job.latent("composite"), job.times()[0], noise)
     text, uncond = job.text(job.prompt), job.uncond()
     with torch.no_grad():
         for t in job.times():
-            out = diffusion.predict(job.pipe, z, t, text, uncond, job.set.guidance_scale)
+            out = job.predict(z, t, text, uncond)
             z = diffusion.ddim_step(job.scheduler, out, t, z)
             t_to = diffusion.previous(job.scheduler, t)
             known = background if t_to < 0 else diffusion.q_sample(job.scheduler, background, t_to, noise)
@@ -677,8 +814,8 @@ def _blended_latent(job):
 
 
 def _latent_paste(job):
-    """One hard paste of the object's inverted latent into the background's, at one noise level (DesignEdit; METHOD
-    1.3); the remaining steps are left to harmonise it."""
+    """One hard paste of the object's inverted latent into the background's, at one noise level (DesignEdit;
+    METHOD 1.3); the remaining steps are left to harmonise it."""
     left = min(max(1, round((1 - job.set.paste_at) * job.set.steps)), job.set.steps)
     job.set = replace(job.set, noise_level=left / job.set.steps)
     path, _ = _layer_paths(job)
@@ -687,19 +824,27 @@ def _latent_paste(job):
     text, uncond = job.text(job.prompt), job.uncond()
     with torch.no_grad():
         for t in job.times():
-            z = diffusion.ddim_step(job.scheduler, diffusion.predict(job.pipe, z, t, text, uncond,
-                                                                     job.set.guidance_scale), t, z)
+            z = diffusion.ddim_step(job.scheduler, job.predict(z, t, text, uncond), t, z)
     return _decode(job, z), z
 
 
 def _inpaint(job):
-    """An inpainting model paints the visible object from the prompt alone; the cut-out only gives its shape."""
+    """An inpainting model paints the visible object from the prompt alone; the cut-out gives the shape."""
     hole = (job.visible > 0.02).float()
     scale = job.set.guidance_scale if job.set.guidance_scale != 1.0 else 4.0
-    image = inpaint.with_model(job.inpaint_pipe or job.pipe, job.background, hole, job.prompt, job.set.steps, scale,
-                               job.generator)
+    image = inpaint.with_model(
+        job.inpaint_pipe or job.pipe, job.background, hole, job.prompt, job.set.steps, scale, job.generator
+    )
     return image.to(job.background), None
 
 
-MECHANISMS = {"inject": _inject, "guide": _guide, "paste2d": _paste2d, "alpha": _alpha, "poisson": _poisson,
-              "blended-latent": _blended_latent, "latent-paste": _latent_paste, "inpaint": _inpaint}
+MECHANISMS = {
+    "inject": _inject,
+    "guide": _guide,
+    "paste2d": _paste2d,
+    "alpha": _alpha,
+    "poisson": _poisson,
+    "blended-latent": _blended_latent,
+    "latent-paste": _latent_paste,
+    "inpaint": _inpaint,
+}

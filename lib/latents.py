@@ -3,6 +3,7 @@
 The one place where pictures become [-1, 1], and where the VAE's `scaling_factor` (0.18215 in SD 1.x) is
 applied: forget it and the U-Net sees latents about five times too large. Source: Rombach et al., CVPR 2022.
 """
+
 import torch
 
 
@@ -12,12 +13,16 @@ def factor(pipe) -> int:
 
 
 def check_image(image, name="image", channels=3) -> torch.Tensor:
-    """Return `image` if it is a float tensor (B, channels, H, W) in [0, 1]; otherwise a ValueError that says why."""
+    """Return `image` if it is a float tensor (B, channels, H, W) in [0, 1]; else raise a ValueError."""
     if not torch.is_tensor(image) or image.ndim != 4 or image.shape[1] != channels:
         shape = tuple(image.shape) if hasattr(image, "shape") else type(image).__name__
-        raise ValueError(f"{name} must be a tensor (B, {channels}, H, W), but it is {shape}; see lib.show.read_image.")
+        raise ValueError(
+            f"{name} must be a tensor (B, {channels}, H, W), but it is {shape}; see lib.show.read_image."
+        )
     if not image.is_floating_point():
-        raise ValueError(f"{name} must be float in [0, 1], but it is {image.dtype}; divide 8-bit values by 255.")
+        raise ValueError(
+            f"{name} must be float in [0, 1], but it is {image.dtype}; divide 8-bit values by 255."
+        )
     if not torch.isfinite(image).all():
         raise ValueError(f"{name} holds NaN or infinite values; repair them before the edit.")
     low, high = image.min().item(), image.max().item()
@@ -36,8 +41,10 @@ def encode(pipe, image, sample=False, generator=None) -> torch.Tensor:
     check_image(image)
     f = factor(pipe)
     if image.shape[-1] % f or image.shape[-2] % f:
-        raise ValueError(f"The picture is {image.shape[-2]}x{image.shape[-1]}; both sides must be multiples of {f}: "
-                         "resize or crop it first.")
+        raise ValueError(
+            f"The picture is {image.shape[-2]}x{image.shape[-1]}; both sides must be multiples of {f}: "
+            "resize or crop it first."
+        )
     vae = pipe.vae
     posterior = vae.encode(image.to(vae.device, vae.dtype) * 2 - 1).latent_dist
     z = posterior.mode()
@@ -55,8 +62,12 @@ def decode(pipe, z, clamp=True) -> torch.Tensor:
     """
     vae = pipe.vae
     if z.ndim != 4 or z.shape[1] != vae.config.latent_channels:
-        raise ValueError(f"A latent has shape (B, {vae.config.latent_channels}, h, w), this is {tuple(z.shape)}.")
-    z = z.to(vae.device, vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        raise ValueError(
+            f"A latent has shape (B, {vae.config.latent_channels}, h, w), this is {tuple(z.shape)}."
+        )
+    z = z.to(vae.device, vae.dtype) / vae.config.scaling_factor + (
+        getattr(vae.config, "shift_factor", None) or 0.0
+    )
     image = vae.decode(z).sample.float() / 2 + 0.5
     return image.clamp(0, 1) if clamp else image
 
@@ -67,12 +78,12 @@ def round_trip(pipe, image) -> torch.Tensor:
 
 
 def statistics(z) -> dict:
-    """Mean and standard deviation of a latent, per channel and in all (a well scaled latent has std near 1)."""
+    """Mean and standard deviation of a latent, per channel and in all (well scaled: std near 1)."""
     return {"mean": z.mean(dim=(0, 2, 3)), "std": z.std(dim=(0, 2, 3)), "all_std": z.std().item()}
 
 
 def lerp(a, b, w) -> torch.Tensor:
-    """Straight line from a (w=0) to b (w=1). For two noises its middle has too little variance: see `slerp`."""
+    """Straight line from a (w=0) to b (w=1). Halfway between two noises it has too little variance."""
     return (1 - w) * a + w * b
 
 

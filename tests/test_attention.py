@@ -1,4 +1,5 @@
 """Own attention = SDPA; taps change nothing unless asked, inject what they say, and always go away again."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,20 +22,25 @@ def test_attention_equals_sdpa(shape):
     assert torch.allclose(ours, F.scaled_dot_product_attention(q, k, v), atol=1e-5)
     assert torch.allclose(weights.sum(-1), torch.ones(shape[:-1]), atol=1e-5)
     bias = torch.zeros(shape[-2]).index_fill(0, torch.tensor([0, 3]), float("-inf"))
-    assert torch.allclose(attention.attention(q, k, v, bias), F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(
-        *q.shape[:-2], shape[-2], shape[-2])), atol=1e-5)
+    assert torch.allclose(
+        attention.attention(q, k, v, bias),
+        F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(*q.shape[:-2], shape[-2], shape[-2])),
+        atol=1e-5,
+    )
 
 
 def test_layers_of_the_tiny_unet(tiny_pipe):
     found = attention.layers(tiny_pipe.unet)
-    assert [x.fraction for x in found] == [1, .5, .25, .25, .25, .25, .5, .5, 1, 1]
+    assert [x.fraction for x in found] == [1, 0.5, 0.25, 0.25, 0.25, 0.25, 0.5, 0.5, 1, 1]
     assert [x.place for x in found] == ["down"] * 3 + ["mid"] + ["up"] * 6
     order = []
-    taps = [tiny_pipe.unet.get_submodule(x.name).register_forward_pre_hook(lambda m, a, n=x.name: order.append(n))
-            for x in found]
+    taps = [
+        tiny_pipe.unet.get_submodule(x.name).register_forward_pre_hook(lambda m, a, n=x.name: order.append(n))
+        for x in found
+    ]
     run(tiny_pipe, steps=1)
     [tap.remove() for tap in taps]
-    assert order == [x.name for x in found]                                 # listed in the order of running
+    assert order == [x.name for x in found]  # listed in the order of running
     assert {x.fraction for x in attention.select(tiny_pipe.unet, [0.5, "mid"])} == {0.5, 0.25}
     assert attention.select(tiny_pipe.unet, found[2]) == [found[2]]
     for bad in ("decoder", 0.125, ["up", "nowhere"], []):
@@ -44,13 +50,18 @@ def test_layers_of_the_tiny_unet(tiny_pipe):
 
 def test_layers_of_stable_diffusion_15_on_the_meta_device():
     from diffusers import UNet2DConditionModel
+
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
     found = attention.layers(unet)
     assert len(found) == 16 == len([n for n in unet.attn_processors if "attn1" in n])
-    assert [x.fraction for x in found] == [1, 1, .5, .5, .25, .25, .125] + [.25] * 3 + [.5] * 3 + [1] * 3
-    assert all(unet.get_submodule(x.name).to_k.in_features == {1: 320, .5: 640, .25: 1280, .125: 1280}[x.fraction]
-               for x in found)
+    assert [x.fraction for x in found] == [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125] + [0.25] * 3 + [0.5] * 3 + [
+        1
+    ] * 3
+    assert all(
+        unet.get_submodule(x.name).to_k.in_features == {1: 320, 0.5: 640, 0.25: 1280, 0.125: 1280}[x.fraction]
+        for x in found
+    )
 
 
 def test_recording_changes_no_bit_and_keeps_what_it_says(tiny_pipe):
@@ -104,15 +115,21 @@ def test_masked_injection_by_hand(tiny_pipe, mode):
     unet, layer = tiny_pipe.unet, attention.layers(tiny_pipe.unet)[-1]
     attn = unet.get_submodule(layer.name)
     seen = {}
-    hook = attn.register_forward_hook(lambda m, a, kw, out: seen.update(x=a[0] if a else kw["hidden_states"], out=out),
-                                      with_kwargs=True)
+    hook = attn.register_forward_hook(
+        lambda m, a, kw, out: seen.update(x=a[0] if a else kw["hidden_states"], out=out), with_kwargs=True
+    )
     with attention.record(unet, layer) as bank:
-        run(tiny_pipe, torch.cat([rand(1, 4, 16, 16, seed=3), rand(1, 4, 16, 16, seed=4)]), 1, prompt=["a", "b"])
+        run(
+            tiny_pipe,
+            torch.cat([rand(1, 4, 16, 16, seed=3), rand(1, 4, 16, 16, seed=4)]),
+            1,
+            prompt=["a", "b"],
+        )
     mask = torch.rand(2, 1, 128, 128, generator=torch.Generator().manual_seed(0)) / 2
     with attention.inject(unet, bank, mask, 0.8, layer, mode=mode):
         run(tiny_pipe, steps=1)
     hook.remove()
-    m = F.avg_pool2d(mask, 8).flatten(2).transpose(1, 2) * 0.8              # (2, 256, 1)
+    m = F.avg_pool2d(mask, 8).flatten(2).transpose(1, 2) * 0.8  # (2, 256, 1)
     q, k, v = (f(seen["x"]) for f in (attn.to_q, attn.to_k, attn.to_v))
     src = bank.at(bank.timesteps[0], layer.name)
     heads = lambda x: attention.split_heads(x, attn.heads)
@@ -121,8 +138,10 @@ def test_masked_injection_by_hand(tiny_pipe, mode):
         out = attention.attention(heads(q), heads(mix(k, "k")), heads(mix(v, "v")))
     elif mode == "query":
         out = (1 - m.sum(0)) * attention.attention(heads(q), heads(k), heads(v))
-        out = out + sum(m[s] * attention.attention(heads(q), heads(src["k"][s:s + 1]), heads(src["v"][s:s + 1]))
-                        for s in range(2))
+        out = out + sum(
+            m[s] * attention.attention(heads(q), heads(src["k"][s : s + 1]), heads(src["v"][s : s + 1]))
+            for s in range(2)
+        )
     else:
         weight = torch.cat([torch.ones(256), m.flatten()])
         keys = torch.cat([k, src["k"][:1], src["k"][1:]], 1)
@@ -139,13 +158,24 @@ def test_parts_strength_window_and_layers_matter(tiny_pipe):
     plain = run(tiny_pipe)
 
     half = torch.ones(1, 1, 16, 16)
-    half[..., :8] = 0.2                     # (under a mask of ones everywhere, "replace" and "query" are the same)
+    half[..., :8] = 0.2  # (under a mask of ones everywhere, "replace" and "query" are the same)
 
     def with_(mask=half, **options):
         with attention.inject(tiny_pipe.unet, bank, mask, **options):
             return run(tiny_pipe)
-    results = [plain, with_(), with_(parts="k"), with_(parts="v"), with_(strength=0.5), with_(window=(0, 0.5)),
-               with_(layers=0.5), with_(mode="query"), with_(mode="concat"), with_(strength={1.0: 1.0})]
+
+    results = [
+        plain,
+        with_(),
+        with_(parts="k"),
+        with_(parts="v"),
+        with_(strength=0.5),
+        with_(window=(0, 0.5)),
+        with_(layers=0.5),
+        with_(mode="query"),
+        with_(mode="concat"),
+        with_(strength={1.0: 1.0}),
+    ]
     for i, a in enumerate(results):
         for b in results[:i]:
             assert (a - b).abs().max() > 1e-4
@@ -169,6 +199,7 @@ def test_everything_is_restored_after_an_exception(tiny_pipe):
 
 def test_a_patch_that_does_nothing_is_caught(tiny_pipe):
     from diffusers.models.attention_processor import AttnProcessor2_0
+
     with pytest.raises(RuntimeError, match="never applied"):
         with attention.record(tiny_pipe.unet):
             pass
@@ -176,7 +207,7 @@ def test_a_patch_that_does_nothing_is_caught(tiny_pipe):
         with attention.record(tiny_pipe.unet, window=(0.99, 0.995)):
             run(tiny_pipe)
     before = dict(tiny_pipe.unet.attn_processors)
-    with pytest.raises(RuntimeError, match="fired 0 times in 4"):           # the classic: something resets processors
+    with pytest.raises(RuntimeError, match="fired 0 times in 4"):  # the classic: something resets processors
         with attention.record(tiny_pipe.unet):
             tiny_pipe.unet.set_attn_processor(AttnProcessor2_0())
             run(tiny_pipe)
@@ -190,12 +221,19 @@ def test_bad_requests_are_named(tiny_pipe):
     unet = tiny_pipe.unet
     with attention.record(unet) as bank:
         run(tiny_pipe, steps=2)
-    for words, options in [("Unknown mode", {"mode": "swap"}), ("parts must", {"parts": "q"}),
-                           ("strength must", {"strength": 1.5}), ("window is", {"window": (0.5, 0.2)})]:
+    for words, options in [
+        ("Unknown mode", {"mode": "swap"}),
+        ("parts must", {"parts": "q"}),
+        ("strength must", {"strength": 1.5}),
+        ("window is", {"window": (0.5, 0.2)}),
+    ]:
         with pytest.raises(ValueError, match=words), attention.inject(unet, bank, **options):
             pass
-    for words, mask in [("need masks of shape", torch.ones(2, 1, 8, 8)), ("need masks of shape", torch.ones(8, 8)),
-                        ("at most 1", torch.full((1, 1, 8, 8), 1.2))]:
+    for words, mask in [
+        ("need masks of shape", torch.ones(2, 1, 8, 8)),
+        ("need masks of shape", torch.ones(8, 8)),
+        ("at most 1", torch.full((1, 1, 8, 8), 1.2)),
+    ]:
         with pytest.raises(ValueError, match=words), attention.inject(unet, bank, mask):
             run(tiny_pipe, steps=2)
     with pytest.raises(ValueError, match="same picture size"), attention.inject(unet, bank):
