@@ -13,3 +13,10 @@ def make_pipe():
 def tiny_pipe(make_pipe):
     """One shared random pipeline. Tests must leave it as they found it (that is what several of them check)."""
     return make_pipe()
+
+
+def pytest_collection_modifyitems(items):
+    """nbval waits 5 s for a cell's outputs after its reply, and has no option for it: too short on a loaded machine."""
+    for item in items:
+        if hasattr(item, "output_timeout"):
+            item.output_timeout = 60

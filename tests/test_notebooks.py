@@ -25,6 +25,7 @@ def faults(notebook, name):
     checks = {
         "nbformat is not 4.5": (notebook.nbformat, notebook.nbformat_minor) == (4, 5),
         "kernelspec is not python3": notebook.metadata.get("kernelspec", {}).get("name") == "python3",
+        "papermill finds no language": notebook.metadata.get("kernelspec", {}).get("language") == "python",
         "cell ids are missing or repeated": None not in ids and len(set(ids)) == len(ids),
         "a cell keeps outputs": not any(c.get("outputs") or c.get("execution_count") for c in code),
         "widget state is kept": "widgets" not in notebook.metadata,
@@ -75,7 +76,8 @@ def good():
         cell('MODEL = "mini"\nSEED = 0\nSMOKE = False\nDEPTH = 0.5', metadata={"tags": ["parameters"]}),
         cell("run = setup.configure(MODEL, SEED, SMOKE)"),
     ]
-    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    return nbformat.v4.new_notebook(cells=cells, metadata={
+        "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
 
 
 def edit(path, value):
@@ -92,6 +94,7 @@ def edit(path, value):
 @pytest.mark.parametrize("fault, change", [
     ("nbformat is not 4.5", edit("nbformat_minor", 4)),
     ("kernelspec is not python3", edit("metadata.kernelspec.name", "my-env")),
+    ("papermill finds no language", lambda n: n.metadata.kernelspec.pop("language")),
     ("cell ids are missing or repeated", lambda n: n.cells[1].update(id=n.cells[0].id)),
     ("a cell keeps outputs", edit("cells.3.execution_count", 4)),
     ("a cell keeps outputs", edit("cells.3.outputs", [nbformat.v4.new_output("stream", text="x")])),

@@ -1,4 +1,7 @@
-"""Nothing is fetched: lesson 00 in a network namespace that has only the loopback device, with empty caches."""
+"""Nothing is fetched and nothing is written into the course: lesson 00 as on Kaggle without internet.
+
+The network namespace has only the loopback device.
+"""
 import os
 import shutil
 import subprocess
@@ -8,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lib import setup
+from test_setup import bare_python, read_only, tree  # noqa: F401 (bare_python is a fixture)
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -36,7 +40,8 @@ def offline():
 
 def fresh_environment(folder):
     """The environment without offline switches and proxies, its caches in an empty folder."""
-    hide = ("HF_", "TRANSFORMERS_", "TORCH_HOME", "HTTP", "http", "ALL_PROXY", "all_proxy", "KAGGLE", "COLAB", "LAYERS")
+    hide = ("HF_", "TRANSFORMERS_", "TORCH_HOME", "HTTP", "http", "ALL_PROXY", "all_proxy", "KAGGLE", "COLAB",
+            "LAYERS", "PYTHON")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(hide)}
     return clean | {"HF_HOME": str(folder / "hf"), "TORCH_HOME": str(folder / "torch"),
                     "XDG_CACHE_HOME": str(folder / "cache")}
@@ -58,13 +63,26 @@ except OSError as error:
 
 
 @pytest.mark.slow
-def test_lesson_00_needs_no_network(offline, tmp_path):
+def test_lesson_00_on_kaggle_without_internet(offline, tmp_path, bare_python):
+    """The course attached as a read-only dataset, not installed; the notebook elsewhere; empty caches; no network."""
     (lesson,) = [path for path in setup.lessons() if path.name.startswith("00")]
-    out = tmp_path / "00.ipynb"
-    run = ["-m", "lib.setup", "run", str(lesson), str(out), "-p", "SMOKE", "True", "--timeout", "300"]
-    done = subprocess.run([*offline, sys.executable, *run], cwd=REPO, env=fresh_environment(tmp_path),
-                          capture_output=True, text=True, timeout=900)
+    course, working = tmp_path / "input" / "datasets" / "someone" / "layers-in-depth", tmp_path / "working"
+    working.mkdir()
+    for name in ("lib", "data", "figures"):
+        shutil.copytree(REPO / name, course / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPO / "pyproject.toml", course)
+    shutil.copy(lesson, working)
+    subprocess.run([bare_python, "-m", "ipykernel", "install", "--sys-prefix", "--name", "python3"], check=True,
+                   capture_output=True)
+    run = ["-m", "papermill", lesson.name, "done.ipynb", "-p", "SMOKE", "True", "-k", "python3",
+           "--execution-timeout", "300", "--no-progress-bar"]
+    place = {"LAYERS_KAGGLE_INPUT": str(tmp_path / "input"), "KAGGLE_KERNEL_RUN_TYPE": "Batch",
+             "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    before = tree(course)
+    done = subprocess.run([*offline, *read_only(tmp_path / "input", bare_python), *run], cwd=working,
+                          env=fresh_environment(tmp_path) | place, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert out.is_file()
-    fetched = [p for p in (tmp_path / "hf").rglob("*.safetensors")] if (tmp_path / "hf").exists() else []
-    assert fetched == []
+    assert tree(course) == before, "the lesson wrote into the course's folder"
+    text = (working / "done.ipynb").read_text(encoding="utf8")
+    assert "\u00b7 kaggle \u00b7" in text or "· kaggle ·" in text
+    assert not list((tmp_path / "hf").rglob("*.safetensors")), "weights were fetched"
