@@ -67,7 +67,8 @@ def read_photo(image, depth_file="", near_is="", depth_model="mini", device="cpu
         found = models.load_depth(depth_model, device)(small.to(device)).to("cpu")
         where = f"estimated from the picture by the depth model '{depth_model}'"
         if depth_model in ("mini", "mini-depth"):
-            where += ", which was trained on the Miniature only: on a photograph its order is rough, its metres a guess"
+            where += (", which was trained on the Miniature only: in a photograph it finds the floor, hardly the things "
+                      "on it, and its metres are a guess")
     focal, said = _focal(image, full)
     origin = {"photograph": Path(image).name, "depth": where, "focal length": said}
     return Photo(full, small, found, focal, Path(image).name, origin)
@@ -216,7 +217,7 @@ def find_floor(found: depth.DepthMap, seed: int = 0, tries: int = 600) -> Floor 
     if len(low) < 20:
         return None
     points, scale = np.stack([u, v, np.ones_like(u)], 1), float(np.median(q))
-    best, best_score = None, 0.0
+    best, best_score = None, 0.25  # real floors reach 0.5 and more, planes through noise 0.12
     for _ in range(tries):
         three = rng.choice(low, 3, replace=False)
         with contextlib.suppress(np.linalg.LinAlgError):
