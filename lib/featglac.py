@@ -48,7 +48,9 @@ class Settings:
     weights, inner_steps, step_size, normalise, guide_window: of "guide". weights: per up-block, coarse to
         fine. With normalise an update has RMS step_size x the noise level's sigma, else it is the paper's
         plain step_size x gradient.
-    decode: "residual" (composite + D(z) - D(E(composite))), "plain" (D(z)), "blend" (by size of the change).
+    hole: what a 9-channel inpainting U-Net is to paint: the whole "ring", or only "around" the object.
+    decode: "residual" (composite + D(z) - D(E(composite))), "plain" (D(z)), "blend" (by size of the change),
+        "relight" (composite x the smoothed ratio D(z) / D(E(composite)): see `relight`, `smooth`).
     restore: "occluder" puts back what is in front of the object, "outside" all outside the ring too, "none".
     fill, soft: of `compose`: how the hole behind B's foreground is filled (`lib.inpaint.fill`), and the half
         width in pixels of the cut's soft edge (`deglad.split`).
@@ -80,7 +82,9 @@ class Settings:
     step_size: float = 0.05
     normalise: bool = True
     guide_window: tuple = (0.0, 0.8)
+    hole: str = "ring"
     decode: str = "residual"
+    smooth: float = 0.02
     restore: str = "occluder"
     fill: object = "telea"
     soft: float = 0.0
@@ -93,9 +97,10 @@ class Settings:
 CHOICES = {
     "start": ("background", "composite", "noised", "mixed", "noise"),
     "sources": ("inverted", "noised"),
-    "decode": ("residual", "plain", "blend"),
+    "decode": ("residual", "plain", "blend", "relight"),
     "restore": ("occluder", "outside", "none"),
     "call": ("recorded", "batched"),
+    "hole": ("ring", "around"),
     "mode": tuple(attention.MODES),
 }
 UNIT = ("noise_level", "strength", "keep", "free", "anchor", "paste_at")
@@ -168,7 +173,10 @@ class _Job:
             return None
         if "extra" not in self.cache:
             hole = (self.ring > 0).to(self.background)
-            known = latents.encode(self.pipe, over(0.5, hole, self.background))
+            seen = self.background
+            if self.set.hole == "around":  # the pasted object is known, what surrounds it is to be painted
+                hole, seen = hole * (self.visible < 0.5), self.composite
+            known = latents.encode(self.pipe, over(0.5, hole, seen))
             cells = F.interpolate(hole, known.shape[-2:]).to(known)  # as the inpainting pipeline makes them
             self.cache["extra"] = torch.cat([cells, known], 1)
         return self.cache["extra"]
@@ -468,9 +476,37 @@ def _decode(job, z) -> torch.Tensor:
     residual = (target + after - before).clamp(0, 1)
     if job.set.decode == "residual":
         return residual
+    if job.set.decode == "relight":
+        return relight(target, after, before, job.visible, job.set.smooth)
     change = F.avg_pool2d((after - before).abs().mean(1, keepdim=True), 9, 1, 4, count_include_pad=False)
     weight = ((change - 0.04) / 0.12).clamp(0, 1)  # below 4 % change residual, above 16 % plain decoding
     return over(after.clamp(0, 1), weight, residual)
+
+
+def relight(picture, after, before, mask, smooth=0.02) -> torch.Tensor:
+    """picture x after / before, the ratio smoothed inside and outside the mask apart: only the light changes.
+
+    Light multiplies, and a shadow on a chequered floor leaves the chequers: a ratio keeps the picture's
+    detail, where a difference of two blurred decodings cannot. smooth: sigma of the blur, part of the smaller side.
+    """
+    ratio = ((after.clamp(min=0) + 0.05) / (before.clamp(min=0) + 0.05)).log().clamp(-2, 2)
+    inside = (mask >= 0.5).to(picture)
+    light = over(_blur_under(ratio, inside, smooth), inside, _blur_under(ratio, 1 - inside, smooth))
+    return (picture * light.exp()).clamp(0, 1)
+
+
+def _blur_under(x, mask, smooth):
+    """Gaussian blur that takes only pixels under the mask (normalised convolution)."""
+    sigma = smooth * min(x.shape[-2:])
+    if sigma < 0.3:
+        return x
+    reach = int(3 * sigma) + 1
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1).to(x) / sigma) ** 2)
+    both = torch.cat([x * mask, mask], 1)
+    channels = both.shape[1]
+    for shape, pad in (((1, 1, -1, 1), (reach, 0)), ((1, 1, 1, -1), (0, reach))):
+        both = F.conv2d(both, kernel.view(shape).expand(channels, -1, -1, -1), padding=pad, groups=channels)
+    return both[:, :-1] / both[:, -1:].clamp(min=1e-6)
 
 
 def _restore(job, image) -> torch.Tensor:

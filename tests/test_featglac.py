@@ -109,6 +109,7 @@ def test_starts_and_sources(tiny_pipe, scene, start, sources):
         dict(parts="k"),
         dict(decode="plain"),
         dict(decode="blend"),
+        dict(decode="relight"),
         dict(layers="up"),
         dict(window=(0.0, 0.6)),
         dict(anchor=0.0),
@@ -400,3 +401,17 @@ def test_a_nine_channel_inpainting_unet_can_be_the_generator(make_pipe, scene):
 def test_restoring_afterwards_equals_restoring_at_once(tiny_pipe, scene):
     loose, tight = (edit(tiny_pipe, scene, steps=3, restore=how) for how in ("none", "outside"))
     assert torch.equal(featglac.restored(loose), tight.image) and not torch.equal(loose.image, tight.image)
+
+
+def test_relighting_changes_light_and_keeps_detail():
+    """A true shadow over chequers comes back from blurred decodings, not leaking over the mask's edge."""
+    yy, xx = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    chequers = 0.3 + 0.4 * ((yy // 4 + xx // 4) % 2).float().expand(1, 3, 64, 64)
+    mask = (xx >= 32).float()[None, None]
+    light = torch.where(mask > 0, 1.2, 0.5)
+    blur = lambda x: featglac.F.avg_pool2d(x, 9, 1, 4, count_include_pad=False)
+    truth, before, after = chequers * light, blur(chequers), blur(chequers) * light
+    relit = featglac.relight(chequers, after, before, mask, smooth=0.03)
+    assert (relit - truth).abs().max() < 0.1 and (relit - truth).abs().mean() < 0.03
+    assert (chequers + after - before - truth).abs().mean() > 0.06  # what a difference would have done
+    assert torch.allclose(featglac.relight(chequers, before, before, mask), chequers, atol=1e-5)
