@@ -5,19 +5,21 @@
     python -m lib.benchmark models      # measured quality into each mini model's card
     python -m lib.benchmark gpu         # an SD-1.5-sized pipeline with random weights on this machine's card
 
-Two tasks. *Insertion*: a cut-out, lit from elsewhere, is put behind what is nearer than `at`. *Compositing*: scene A
-nearer than `at` in front of scene B. The scene list is a rule, not a file: the first N seeds of the test split.
+Two tasks. *Insertion*: a cut-out, lit from elsewhere, is put behind what is nearer than `at`. *Compositing*:
+scene A nearer than `at` in front of scene B. The scene list is a rule, not a file: the first N seeds of the
+test split.
 
-Zones are masks of the *truth* (`Case.zones`), the same for every method; the object is what was put in (compositing:
-A's things nearer than `at`):
+Zones are masks of the *truth* (`Case.zones`), the same for every method; the object is what was put in
+(compositing: A's things nearer than `at`):
 * shading: the object's visible pixels.
-* shadow:  pixels outside it where the truth with and without the object differ by more than 0.03 (mean of the channels).
+* shadow:  pixels outside it where the truth with and without the object differ by more than 0.03 (mean of the
+  channels).
 * outside: the rest of the background that the given picture shows as it must be.
 * floor (compositing only): the rest of A's layer, near floor and walls, whose light has to become B's.
-* hole (compositing only): background that B's picture does not show as it must be (more than 0.03 off), because
-  something nearer than `at` stood there or threw a shadow there. Not part of the shadow zone.
-A score in a zone is the root of the mean square error over all its pixels and channels of one scene; tables give the
-mean over scenes. A scene whose zone has fewer than 16 pixels does not count in that zone.
+* hole (compositing only): background that B's picture does not show as it must be (more than 0.03 off),
+  because something nearer than `at` stood there or threw a shadow there. Not part of the shadow zone.
+A score in a zone is the root of the mean square error over all its pixels and channels of one scene; tables
+give the mean over scenes. A scene whose zone has fewer than 16 pixels does not count in that zone.
 """
 from __future__ import annotations
 
@@ -29,13 +31,11 @@ import json
 import math
 import os
 import platform
-import re
 import statistics
 import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -49,19 +49,20 @@ ZONES = ("shadow", "shading", "outside", "floor", "hole")
 BASELINES = ("paste2d", "alpha", "poisson", "blended-latent", "latent-paste", "inpaint")
 MECHANISMS = ("inject", "guide")
 SCORES = tuple(f"rmse_{z}" for z in ZONES) + ("psnr", "ssim", "feat_dist")
-SHEET_SCENES = 2        # scenes of each task on the picture sheet
+SHEET_SCENES = 2        # scenes of each task on the picture sheet, if 150 kB hold them
 
 
-# ------------------------------------------------------------------------------------------ cases with their truth
+# ------------------------------------------------------------------------------------- cases with their truth
 
 @dataclass
 class Case:
     """One task: what an editor is given, and the truth it is scored against. Pictures (1, 3, H, W) in [0, 1].
 
-    background, background_depth: the scene edited (insertion) or scene B; foreground, RGBA: the cut-out, or scene A's
-    layer nearer than `at`; a, a_depth: scene A (compositing). Depths in metres. paste: the depth-aware composite of
-    the given pixels, for the bounds. prompts: background, foreground, edit. order: arguments of
-    `metrics.occlusion_order` after the maps, or None. thing: (kind, colour), 1-based, of what was put in."""
+    background, background_depth: the scene edited (insertion) or scene B; foreground, RGBA: the cut-out, or
+    scene A's layer nearer than `at`; a, a_depth: scene A (compositing). Depths in metres. paste: the
+    depth-aware composite of the given pixels, for the bounds. prompts: background, foreground, edit. order:
+    arguments of `metrics.occlusion_order` after the maps, or None. thing: (kind, colour), 1-based, of what
+    was put in."""
     task: str
     seed: int
     at: float
@@ -95,13 +96,14 @@ def insertion_zones(truth, without, visible):
 
 def compositing_zones(truth, without, background, visible, layer, same):
     """Zones of scene compositing. without: the composite without A's things; background: B's picture;
-    visible, layer, same (B, 1, H, W) bool: the truth shows one of A's things there; it shows anything of A's layer;
-    B's picture shows the same surface as the truth."""
+    visible, layer, same (B, 1, H, W) bool: the truth shows one of A's things there; it shows anything of A's
+    layer; B's picture shows the same surface as the truth."""
     visible, layer, same = visible.bool(), layer.bool() | visible.bool(), same.bool()
     by_object = _differ(truth, without)
     hole = ~layer & (~same | (_differ(truth, background) & ~by_object))
     shadow = ~visible & ~hole & by_object
-    return _zones(shading=visible, shadow=shadow, outside=~layer & ~hole & ~shadow, floor=layer & ~visible & ~shadow,
+    return _zones(shading=visible, shadow=shadow, outside=~layer & ~hole & ~shadow,
+                  floor=layer & ~visible & ~shadow,
                   hole=hole)
 
 
@@ -124,9 +126,11 @@ def _insertion(seed):
     thing = scene.things[i]
     kind, colour = scenes.KINDS.index(thing.kind) + 1, scenes.COLOURS.index(thing.colour) + 1
     alpha = cutout[:, 3:] * (z >= found["at"])
-    return Case("insertion", seed, found["at"], without, z, cutout, truth, insertion_zones(truth, without, visible),
+    return Case("insertion", seed, found["at"], without, z, cutout, truth,
+                insertion_zones(truth, without, visible),
                 without * (1 - alpha) + cutout[:, :3] * alpha,
-                (found["background"].caption(), f"a {thing.name}".replace("a orange", "an orange"), found["caption"]),
+                (found["background"].caption(), f"a {thing.name}".replace("a orange", "an orange"),
+                 found["caption"]),
                 order=_order(visible, hidden, kind, r.kind[:1]), thing=(kind, colour))
 
 
@@ -141,7 +145,8 @@ def _compositing(seed):
     layer = torch.cat([r.rgb[:1], near], 1)
     behind = _filled(r.rgb[1:], r.depth[1:], at)
     case_ = Case("compositing", seed, at, r.rgb[1:], r.depth[1:], layer, whole.rgb,
-                 compositing_zones(whole.rgb, without, r.rgb[1:], things, front, same), r.rgb[:1] * near + behind * (1 - near),
+                 compositing_zones(whole.rgb, without, r.rgb[1:], things, front, same),
+                 r.rgb[:1] * near + behind * (1 - near),
                  (b.caption(), a.caption(), _joint_caption(a, b, whole)), a=r.rgb[:1], a_depth=r.depth[:1])
     hiding = [(int(((r.ids[1:] == j) & things).sum()), j) for j in range(len(b.things))]
     if hiding:
@@ -157,7 +162,8 @@ def _compositing(seed):
 
 
 def _filled(image, z, at):
-    """Scene B without what is nearer than the cut, the hole filled as `featglac.compose` fills it by default."""
+    """Scene B without what is nearer than the cut, the hole filled as `featglac.compose` fills it by
+    default."""
     from lib import deglad, depth
     near_map = depth.from_metric(z, near=scenes.NEAR, far=scenes.FAR)
     return deglad.split(image, near_map, f"{at:.6f}m", allow_empty=True, fill="telea").background
@@ -177,11 +183,11 @@ def _joint_caption(a, b, whole):
     return replace(b, camera=a.camera, things=tuple(shown[:4])).caption()
 
 
-# ------------------------------------------------------------------------------------------ one edit, measured
+# ----------------------------------------------------------------------------------------- one edit, measured
 
 class Peak:
-    """Peak memory within a `with` block, MB: the card's own count on CUDA, else this process's resident memory
-    (looked at every 10 ms, so the programs and models that are loaded anyway are in it)."""
+    """Peak memory within a `with` block, MB: the card's own count on CUDA, else this process's resident
+    memory (looked at every 10 ms, so the programs and models that are loaded anyway are in it)."""
 
     def __enter__(self):
         self.cuda = torch.cuda.is_available()
@@ -231,7 +237,7 @@ class Settings:
         if unknown:
             raise ValueError(f"unknown mechanism {unknown[0]!r}: use {', '.join(BASELINES + MECHANISMS)}")
         if self.scenes < 1 or self.steps < 2:
-            raise ValueError(f"scenes must be at least 1 and steps at least 2; got {self.scenes} and {self.steps}")
+            raise ValueError(f"at least 1 scene and 2 steps are needed; got {self.scenes} and {self.steps}")
 
     @property
     def name(self):
@@ -242,7 +248,8 @@ class Models:
     """Pipeline, inpainting pipeline and judge, loaded when first asked for; any of them can be given."""
 
     def __init__(self, settings, pipe=None, inpaint=None, judge=None, device=None):
-        self.settings, self._pipe, self._inpaint, self._judge, self._device = settings, pipe, inpaint, judge, device
+        self.settings, self._pipe, self._inpaint, self._judge = settings, pipe, inpaint, judge
+        self._device = device
 
     @property
     def device(self):
@@ -271,10 +278,11 @@ class Models:
 
 
 def edit_case(models, c, mechanism):
-    """Run one mechanism of lib.featglac on a case, with its own settings but the steps: (Edit, before, after).
+    """Run one mechanism of lib.featglac on a case, with its own settings but the steps: (Edit, before,
+    after).
 
-    before: the mechanism's picture as it is; after: untouched pixels put back (occluder, and all that lies outside
-    the ring around what was put in). The 2-D paste knows no depth, so nothing is put back for it."""
+    before: the mechanism's picture as it is; after: untouched pixels put back (occluder, and all that lies
+    outside the ring around what was put in). The 2-D paste knows no depth, so nothing is put back for it."""
     from lib import depth, featglac
     s = models.settings
     generator = torch.Generator("cpu").manual_seed(s.seed * 1_000_003 + c.seed)
@@ -288,16 +296,7 @@ def edit_case(models, c, mechanism):
     else:
         front = depth.from_metric(c.a_depth, **metric)
         edit = featglac.compose(models.pipe, c.a, front, c.background, behind, **shared)
-    return edit, edit.image, edit.image if mechanism == "paste2d" else restored(edit)
-
-
-def restored(edit):
-    """An edit made with restore="none", with the pixels put back that restore="outside" puts back."""
-    from lib import featglac
-    layers = edit.layers
-    job = SimpleNamespace(occluder=layers["occluder"], alpha=layers["foreground"][:, 3:], composite=edit.composite,
-                          ring=layers["ring"], background=layers["background"], set=SimpleNamespace(restore="outside"))
-    return featglac._restore(job, edit.image)
+    return edit, edit.image, edit.image if mechanism == "paste2d" else featglac.restored(edit)
 
 
 def scores(judge, image, c):
@@ -314,13 +313,15 @@ def judged(judge, image, c):
     """(occlusion order, object present) of a picture by the judge: 1.0, 0.0 or NaN."""
     maps = metrics.judge_maps(judge, image.float().cpu())
     order = metrics.occlusion_order(maps, *c.order) if c.order else float("nan")
-    present = float(metrics.object_present(maps["kind"], maps["colour"], *c.thing)) if c.thing else float("nan")
+    present = float(metrics.object_present(maps["kind"], maps["colour"],
+                                           *c.thing)) if c.thing else float("nan")
     return order, present
 
 
 def bounds(pipe, c):
-    """What perfect latents would give, with this VAE: dict of the pictures `vae` = D(E(truth)), plain decoding, and
-    `vae-residual` = paste + D(E(truth)) - D(E(paste)), which keeps the paste's own sharpness."""
+    """What perfect latents would give, with this VAE: dict of the pictures `vae` = D(E(truth)), plain
+    decoding, and `vae-residual` = paste + D(E(truth)) - D(E(paste)), which keeps the paste's own
+    sharpness."""
     device = pipe.vae.device
     true, pasted = (latents.decode(pipe, latents.encode(pipe, x.to(device)), clamp=False).cpu()
                     for x in (c.truth, c.paste))
@@ -346,7 +347,8 @@ def run_case(models, task, seed, edit=edit_case):
         order, present = judged(judge, after, c)
         rows.append(dict(shared, mechanism=mechanism, **scores(judge, after, c),
                          **{f"{k}_before": v for k, v in scores(judge, before, c).items()},
-                         order=order, present=present, **floor, passes=int(done.passes), seconds=float(done.seconds),
+                         order=order, present=present, **floor, passes=int(done.passes),
+                         seconds=float(done.seconds),
                          peak_mb=peak.mb))
         shown[mechanism] = after.float().cpu()
     shown["truth, VAE"] = latents.round_trip(models.pipe, c.truth.to(models.pipe.vae.device)).cpu()
@@ -368,7 +370,8 @@ def _plain(models, c):
     generator = torch.Generator("cpu").manual_seed(s.seed)
     with diffusion.count_passes(pipe.unet) as passes, Peak() as peak:
         start = time.perf_counter()
-        z = diffusion.sample(pipe, c.prompts[2], steps=s.steps, guidance_scale=s.guidance_scale, generator=generator)
+        z = diffusion.sample(pipe, c.prompts[2], steps=s.steps, guidance_scale=s.guidance_scale,
+                             generator=generator)
         latents.decode(pipe, z).cpu()
         seconds = time.perf_counter() - start
     return dict(passes=passes.total, seconds=seconds, peak_mb=peak.mb)
@@ -377,7 +380,8 @@ def _plain(models, c):
 # ------------------------------------------------------------------------------------------ the whole run
 
 def run(settings, models=None, out=None, edit=edit_case, progress=True):
-    """Run the benchmark, resuming what an interrupted run with the same settings, code and weights has finished.
+    """Run the benchmark, resuming what an interrupted run with the same settings, code and weights has
+    finished.
 
     Writes NAME.csv (a row per scene and mechanism), NAME.json, NAME.md and NAME-<task>.png into `out`, each
     atomically, at the end. Returns the summary that the JSON holds."""
@@ -405,7 +409,7 @@ def run(settings, models=None, out=None, edit=edit_case, progress=True):
     _write(previous, json.dumps(_clean(summary), indent=1) + "\n")
     _write(out / f"{settings.name}.md", text)
     for task in settings.tasks:
-        sheet(work, settings, task, out / f"{settings.name}-{task}.png")
+        sheet(work, rows, settings, task, out / f"{settings.name}-{task}.png")
     if progress:
         print(text)
     return summary
@@ -415,7 +419,8 @@ def fingerprint(settings, models):
     """16 hex digits of everything that could change a row: settings, the code it runs, the weights."""
     digest = hashlib.sha256(repr(settings).encode())
     here = Path(__file__).parent
-    for name in ("attention", "benchmark", "deglad", "depth", "diffusion", "featglac", "inpaint", "latents", "masks",
+    for name in ("attention", "benchmark", "deglad", "depth", "diffusion", "featglac", "inpaint", "latents",
+                 "masks",
                  "metrics", "scenes"):
         path = here / f"{name}.py"
         digest.update(path.read_bytes() if path.is_file() else b"")
@@ -423,8 +428,8 @@ def fingerprint(settings, models):
     if "inpaint" in settings.mechanisms:
         needed.append(models.inpaint.unet)
     for module in needed:
-        for key, value in module.state_dict().items():  # sums, not bytes: a large model is read once, on its device
-            digest.update(f"{key}{float(value.double().sum()) if value.device.type != 'mps' else value.sum()}".encode())
+        for key, value in module.state_dict().items():  # sums, not bytes: read once, on the model's device
+            digest.update(f"{key}{float(value.float().sum())}{float(value.float().abs().sum())}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -434,15 +439,12 @@ def _stored(work, models, task, seed, edit):
         return json.loads(path.read_text())
     rows, pictures = run_case(models, task, seed, edit)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{k: (v[0].clamp(0, 1) * 255).round().byte().numpy() for k, v in pictures.items()})
-    if seed in _sheet_seeds(models.settings):
+    np.savez_compressed(buffer, **{k: (v[0].clamp(0, 1) * 255).round().byte().numpy() for k,
+                                   v in pictures.items()})
+    if seed in scenes.seeds("test", 4 * SHEET_SCENES):
         _write(work / f"{task}-{seed}.npz", buffer.getvalue())
     _write(path, json.dumps(rows))
     return rows
-
-
-def _sheet_seeds(settings):
-    return scenes.seeds("test", min(SHEET_SCENES, settings.scenes))
 
 
 def _write(path, data):
@@ -454,12 +456,14 @@ def _write(path, data):
 
 def _csv(rows):
     columns = list(dict.fromkeys(k for row in rows for k in row))
-    columns.sort(key=lambda k: ("task", "seed", "mechanism").index(k) if k in ("task", "seed", "mechanism") else 9)
+    columns.sort(key=lambda k: ("task", "seed", "mechanism").index(k) if k in ("task", "seed", "mechanism")
+                 else 9)
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else round(v, 6) if isinstance(v, float) else v
+        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else round(v, 6)
+                         if isinstance(v, float) else v
                          for k, v in row.items()})
     return text.getvalue()
 
@@ -480,7 +484,8 @@ def machine():
     import diffusers
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return dict(device=card or f"CPU, {cores} cores, {torch.get_num_threads()} threads", torch=torch.__version__,
+    return dict(device=card or f"CPU, {cores} cores, {torch.get_num_threads()} threads",
+                torch=torch.__version__,
                 diffusers=diffusers.__version__, python=platform.python_version(),
                 date=time.strftime("%Y-%m-%d %H:%M", time.gmtime()))
 
@@ -494,17 +499,21 @@ def _mean(values):
 
 def summarise(rows, settings):
     """Means per task and mechanism, paired differences of the mechanisms from every baseline, cost ratios."""
-    summary = dict(name=settings.name, settings=dict(vars(settings)), seeds=scenes.seeds("test", settings.scenes),
+    summary = dict(name=settings.name, settings=dict(vars(settings)),
+                   seeds=scenes.seeds("test", settings.scenes),
                    tasks={}, cost={})
     for task in settings.tasks:
         mine = [r for r in rows if r["task"] == task]
         names = list(dict.fromkeys(r["mechanism"] for r in mine))
         by = {n: {r["seed"]: r for r in mine if r["mechanism"] == n} for n in names}
         means = {n: {k: _mean([r.get(k, float("nan")) for r in by[n].values()])
-                     for k in dict.fromkeys(k for r in by[n].values() for k in r) if k not in ("task", "seed", "mechanism")}
+                     for k in dict.fromkeys(k for r in by[n].values() for k in r)
+                     if k not in ("task", "seed", "mechanism")}
                  for n in names}
-        summary["tasks"][task] = dict(scenes=len(by[names[0]]), means=means, differences=_differences(by, settings),
-                                      zone_scenes={z: sum(r[f"pixels_{z}"] >= LEAST for r in by[names[0]].values())
+        summary["tasks"][task] = dict(scenes=len(by[names[0]]), means=means,
+                                      differences=_differences(by, settings),
+                                      zone_scenes={z: sum(r[f"pixels_{z}"] >= LEAST
+                                                          for r in by[names[0]].values())
                                                    for z in ZONES})
     summary["cost"] = _cost(rows, settings)
     return summary
@@ -519,13 +528,15 @@ def _differences(by, settings):
             if b == m:
                 continue
             seeds = sorted(by[m])
-            out[m][b] = {k: metrics.paired_bootstrap([by[m][s][k] for s in seeds], [by[b][s][k] for s in seeds])
+            out[m][b] = {k: metrics.paired_bootstrap([by[m][s][k] for s in seeds],
+                                                     [by[b][s][k] for s in seeds])
                          for k in ("rmse_shadow", "rmse_shading", "feat_dist")}
     return out
 
 
 def _cost(rows, settings):
-    """Seconds and passes of each mechanism against plain classifier-free sampling, medians of paired ratios."""
+    """Seconds and passes of each mechanism against plain classifier-free sampling, medians of paired
+    ratios."""
     plain = {(r["task"], r["seed"]): r for r in rows if r["mechanism"] == "plain-cfg"}
     out = {"plain-cfg": dict(seconds=statistics.median(r["seconds"] for r in plain.values()),
                              passes=statistics.median(r["passes"] for r in plain.values()))}
@@ -552,20 +563,21 @@ def markdown(summary):
     s = summary["settings"]
     lines = [f"Model `{s['model']}`, {s['steps']} steps, guidance {s['guidance_scale']}, "
              f"{s['scenes']} unseen scenes a task"
-             + (f"; {summary['machine']['device']}, {summary['machine']['date']} UTC" if summary.get("machine") else "")
+             + (f"; {summary['machine']['device']}, {summary['machine']['date']} UTC"
+                if summary.get("machine") else "")
              + ".", ""]
     for task, t in summary["tasks"].items():
-        lines += [f"**{_TITLES[task]}** ({t['scenes']} scenes)", ""] + _score_table(t, s) + [""] + _bound_lines(t) + [""]
-        lines += _difference_table(t) + [""]
+        lines += [f"**{_TITLES[task]}** ({t['scenes']} scenes)", "", *_score_table(t, s), "",
+                  *_bound_lines(t), "", *_difference_table(t), ""]
     lines += [_cost_line(summary["cost"], s)]
     return "\n".join(lines) + "\n"
 
 
 _TITLES = {"insertion": "Object insertion behind an occluder", "compositing": "Scene compositing at a depth"}
-NOTE = ("RMSE against the true picture in the truth's zones, mean over scenes (lower is better). Scores are after putting "
-        "untouched pixels back; where there is an arrow, before -> after. order, present: share of scenes in which the judge "
-        "sees the object behind what hides it (where that is defined), and sees it at all; its own score on true pictures "
-        "is in the last row. A backward pass counts 2.")
+NOTE = ("RMSE against the true picture in the truth's zones, mean over scenes (lower is better). Scores are "
+        "after putting untouched pixels back; where there is an arrow, before -> after. order, present: share of "
+        "scenes in which the judge sees the object behind what hides it (where that is defined), and sees it at all; "
+        "its own score on true pictures is in the last row. A backward pass counts 2.")
 
 
 def _revive(x):
@@ -579,19 +591,23 @@ def _score_table(t, s):
     """A row per mechanism. Zones that a task does not have get no column."""
     m = t["means"]
     more = [z for z in ("floor", "hole") if t["zone_scenes"][z]]
-    head = ["mechanism", "shadow", "shading", *more, "outside", "PSNR", "SSIM", "feat_dist", "order", "present", "passes",
+    head = ["mechanism", "shadow", "shading", *more, "outside", "PSNR", "SSIM", "feat_dist", "order",
+            "present", "passes",
             "seconds", "MB"]
     lines = [_row(head), _row(["---"] * len(head))]
     for name in s["mechanisms"]:
         r = m[name]
-        lines.append(_row([f"**{name}**" if name in MECHANISMS else name, _f(r["rmse_shadow"]), _f(r["rmse_shading"]),
+        lines.append(_row([f"**{name}**" if name in MECHANISMS else name, _f(r["rmse_shadow"]),
+                           _f(r["rmse_shading"]),
                            *(_f(r[f"rmse_{z}"]) for z in more),
                            f"{_f(r['rmse_outside_before'], 4)} -> {_f(r['rmse_outside'], 4)}",
-                           f"{_f(r['psnr_before'], 1)} -> {_f(r['psnr'], 1)}", _f(r["ssim"]), _f(r["feat_dist"]),
+                           f"{_f(r['psnr_before'], 1)} -> {_f(r['psnr'], 1)}", _f(r["ssim"]),
+                           _f(r["feat_dist"]),
                            _f(r["order"], 2), _f(r["present"], 2), f"{r['passes']:.0f}", _f(r["seconds"], 2),
                            f"{r['peak_mb']:.0f}"]))
     true = m["vae"]
-    return lines + [_row(["*true picture*", "0", "0", *("0" for _ in more), "0", "", "1", "0", _f(true["order_truth"], 2),
+    return lines + [_row(["*true picture*", "0", "0", *("0" for _ in more), "0", "", "1", "0",
+                          _f(true["order_truth"], 2),
                           _f(true["present_truth"], 2), "", "", ""])]
 
 
@@ -615,7 +631,8 @@ def _difference_table(t):
     lines = ["| difference (95 % interval) | shadow | shading | feat_dist |", "| --- | --- | --- | --- |"]
     for m, others in t["differences"].items():
         for b, d in others.items():
-            cells = [f"{d[k]['diff']:+.3f} [{d[k]['low']:+.3f}, {d[k]['high']:+.3f}]" + ("" if d[k]["excludes_zero"] else " ~")
+            cells = [f"{d[k]['diff']:+.3f} [{d[k]['low']:+.3f}, {d[k]['high']:+.3f}]"
+                     + ("" if d[k]["excludes_zero"] else " ~")
                      for k in ("rmse_shadow", "rmse_shading", "feat_dist")]
             lines.append(f"| {m} - {b} | " + " | ".join(cells) + " |")
     return lines + ["", "Negative: the first is better. ~ the interval holds 0."]
@@ -628,25 +645,34 @@ def _cost_line(cost, s):
     for m in MECHANISMS:
         if m in cost:
             goal = " (goal: <= 2.0)" if m == "inject" else ""
-            line += f" `{m}`, inversion included: {cost[m]['times_plain']:.2f} x its time{goal}, {cost[m]['passes']:.0f} passes."
+            line += (f" `{m}`, inversion included: {cost[m]['times_plain']:.2f} x its time{goal}, "
+                     f"{cost[m]['passes']:.0f} passes.")
     return line
 
 
-def sheet(work, settings, task, path):
-    """The picture sheet of a task, at most 150 kB: a row of labelled pictures for each of the first scenes."""
+def sheet(work, rows, settings, task, path):
+    """The picture sheet of a task, at most 150 kB: labelled pictures of the first scenes, those with
+    something in front of the object before the others."""
     from lib import show
-    images, labels, columns = [], [], 0
-    for seed in _sheet_seeds(settings):
-        with np.load(work / f"{task}-{seed}.npz") as stored:
-            for name in stored.files:
-                images.append(torch.from_numpy(stored[name])[None].float() / 255)
-                labels.append(name)
-            columns = len(stored.files)
-    return show.sheet(images, labels, path, columns=columns if columns <= 7 or columns % 2 else columns // 2,
-                      title=f"{_TITLES[task]} - model {Path(settings.model).name}")
+    clear = {r["seed"]: math.isnan(r["order_truth"]) for r in rows if r["task"] == task}
+    seeds = sorted((s for s in clear if (work / f"{task}-{s}.npz").is_file()), key=lambda s: (clear[s], s))
+    for count in range(min(SHEET_SCENES, len(seeds)), 0, -1):
+        images, labels = [], []
+        for seed in seeds[:count]:
+            with np.load(work / f"{task}-{seed}.npz") as stored:
+                images += [torch.from_numpy(stored[name])[None].float() / 255 for name in stored.files]
+                labels += stored.files
+        columns = len(images) // count
+        columns = columns if columns <= 7 or columns % 2 else columns // 2
+        try:
+            return show.sheet(images, labels, path, columns=columns,
+                              title=f"{_TITLES[task]} (model {Path(settings.model).name})")
+        except ValueError:  # larger than 150 kB
+            if count == 1:
+                raise
 
 
-# ------------------------------------------------------------------------------------------ the README's tables
+# ---------------------------------------------------------------------------------------- the README's tables
 
 def newest(folder=None):
     """The newest stored full result (never a smoke run), by the date inside: (Path, summary)."""
@@ -660,7 +686,8 @@ def newest(folder=None):
 
 
 def readme(path=None, folder=None):
-    """Rewrite what stands between the README's markers <!-- benchmark:begin --> and <!-- benchmark:end -->."""
+    """Rewrite what stands between the README's markers <!-- benchmark:begin --> and <!-- benchmark:end
+    -->."""
     from lib import setup
     path = Path(path) if path else setup.root() / "README.md"
     source, summary = newest(folder)
@@ -676,16 +703,17 @@ def _between(path, name, body):
         raise FileNotFoundError(f"there is no {path.name} to write the {name} tables into")
     text = path.read_text()
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"{path.name} needs one line {begin} and after it one line {end}: add them where the tables go")
+        raise ValueError(f"{path.name} needs a line {begin} and below it a line {end}, around its tables")
     before, rest = text.split(begin)
     _write(path, f"{before}{begin}\n{body.strip()}\n{end}{rest.split(end)[1]}")
 
 
 # ------------------------------------------------------------------------------------------ the model cards
 
-def measure_models(n=200, names=("mini", "mini-depth", "judge", "mini-inpaint"), folder=None, steps=50, **options):
-    """Measure the named models on n unseen scenes and write the figures into each folder's card.json ("quality") and
-    README.md. Models that are not there are said and left out. Returns {name: figures}."""
+def measure_models(n=200, names=("mini", "mini-depth", "judge", "mini-inpaint"), folder=None, steps=50,
+                   **options):
+    """Measure the named models on n unseen scenes and write the figures into each folder's card.json
+    ("quality") and README.md. Models that are not there are said and left out. Returns {name: figures}."""
     from lib import models, setup
     folder = Path(folder) if folder else setup.data_dir() / "models"
     done = {}
@@ -695,7 +723,8 @@ def measure_models(n=200, names=("mini", "mini-depth", "judge", "mini-inpaint"),
             continue
         start = time.perf_counter()
         done[name] = _quality_of(name, folder, models, n, steps, options)
-        done[name].update(minutes=round((time.perf_counter() - start) / 60, 1), measured=time.strftime("%Y-%m-%d", time.gmtime()))
+        done[name].update(minutes=round((time.perf_counter() - start) / 60, 1),
+                          measured=time.strftime("%Y-%m-%d", time.gmtime()))
         write_card(folder / name, done[name])
         print(f"{name}: {json.dumps(_clean(done[name]))}", flush=True)
     return done
@@ -709,7 +738,8 @@ def _quality_of(name, folder, models, n, steps, options):
         return metrics.judge_quality(metrics.Judge.load(place), n)
     pipe, judge = models.load(place), metrics.Judge.load(folder / "judge")
     if name == "mini-inpaint":
-        return metrics.inpaint_quality(pipe, judge, n, **{"steps": max(2, steps // 2), **options.get(name, {})})
+        return metrics.inpaint_quality(pipe, judge, n,
+                                       **{"steps": max(2, steps // 2), **options.get(name, {})})
     return {**{f"vae_{k}": v for k, v in metrics.vae_quality(pipe, n).items()},
             **metrics.prompts_obeyed(pipe, judge, n, steps, **options.get(name, {}))}
 
@@ -717,12 +747,14 @@ def _quality_of(name, folder, models, n, steps, options):
 #: figure, words, goal, and whether more is better: what a card shows of DESIGN 4's table
 GOALS = {"vae_psnr": ("VAE, PSNR over the picture (dB)", 34, True),
          "vae_psnr_objects": ("VAE, PSNR inside objects (dB)", 28, True),
-         "obeyed": ("prompts obeyed", .90, True), "obeyed_seen_pairs": ("... pairs seen in training", None, True),
+         "obeyed": ("prompts obeyed", .90, True), "obeyed_seen_pairs": ("... pairs seen in training", None,
+                                                                        True),
          "obeyed_unseen_pairs": ("... pairs never seen", None, True),
          "obeyed_true_renders": ("the judge's score on true renders of the same prompts", None, True),
          "kind_miou": ("kind, mean IoU", .85, True), "colour_miou": ("colour, mean IoU", None, True),
          "abs_rel": ("depth, AbsRel", .05, False), "delta1": ("depth, delta1", .97, True),
-         "feat_dist_model": ("feat_dist of one sample", None, False), "feat_dist_telea": ("... Telea", None, False),
+         "feat_dist_model": ("feat_dist of one sample", None, False),
+         "feat_dist_telea": ("... Telea", None, False),
          "feat_dist_biharmonic": ("... biharmonic", None, False),
          "psnr_model": ("PSNR in the hole, mean of four samples (dB)", None, True),
          "psnr_telea": ("... Telea", None, True), "psnr_biharmonic": ("... biharmonic", None, True)}
@@ -746,12 +778,14 @@ def quality_table(figures):
             word += " (reached)" if reached else " (not reached)"
         lines.append(f"| {words} | {figures[key]:.4g} | {word} |")
     size = figures.get("scenes") or figures.get("captions")
-    return "\n".join(lines + ["", f"{size} scenes; `python -m lib.benchmark models`, {figures.get('measured', '')}."])
+    return "\n".join(lines
+                     + ["",
+                        f"{size} scenes; `python -m lib.benchmark models`, {figures.get('measured', '')}."])
 
 
 def write_card(folder, figures):
-    """Merge figures into card.json under "quality"; put the table between the README.md's quality markers (added at
-    the end when they are missing). Atomic."""
+    """Merge figures into card.json under "quality"; put the table between the README.md's quality markers
+    (added at the end when they are missing). Atomic."""
     path, text = Path(folder) / "card.json", Path(folder) / "README.md"
     card = json.loads(path.read_text()) if path.is_file() else {}
     card["quality"] = {**card.get("quality", {}), **_clean(figures)}
@@ -763,24 +797,27 @@ def write_card(folder, figures):
     _between(text, "quality", quality_table(figures))
 
 
-# ------------------------------------------------------------------------------------------ on a GPU, at SD 1.5's size
+# --------------------------------------------------------------------------------- on a GPU, at SD 1.5's size
 
 SD15 = dict(unet=dict(sample_size=64, cross_attention_dim=768),
-            vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+            vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+                     sample_size=512,
                      down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4),
             text=dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
                       vocab_size=49408, projection_dim=768))
-TINY = dict(unet=dict(sample_size=8, cross_attention_dim=32, block_out_channels=(32, 32, 64, 64), layers_per_block=1,
+TINY = dict(unet=dict(sample_size=8, cross_attention_dim=32, block_out_channels=(32, 32, 64, 64),
+                      layers_per_block=1,
                       norm_num_groups=8),
             vae=dict(SD15["vae"], block_out_channels=(8, 8, 16, 16), layers_per_block=1, sample_size=64,
                      norm_num_groups=4),
-            text=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=49408,
+            text=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                      vocab_size=49408,
                       projection_dim=32))
 
 
 def random_sd(config=None, device="cpu", dtype=torch.float32, seed=0):
-    """A StableDiffusionPipeline of SD 1.5's shape with random weights (speed does not depend on them). Nothing is
-    fetched; the tokenizer is the mini's, whose ids are valid for the larger vocabulary too."""
+    """A StableDiffusionPipeline of SD 1.5's shape with random weights (speed does not depend on them).
+    Nothing is fetched; the tokenizer is the mini's, whose ids are valid for the larger vocabulary too."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -792,8 +829,10 @@ def random_sd(config=None, device="cpu", dtype=torch.float32, seed=0):
         vae = AutoencoderKL(**config["vae"])
         text = CLIPTextModel(CLIPTextConfig(**config["text"]))
     parts = [m.to(device, dtype).eval().requires_grad_(False) for m in (unet, vae, text)]
-    pipe = StableDiffusionPipeline(unet=parts[0], vae=parts[1], text_encoder=parts[2], tokenizer=train.make_tokenizer(),
-                                   scheduler=train.make_scheduler(), safety_checker=None, feature_extractor=None,
+    pipe = StableDiffusionPipeline(unet=parts[0], vae=parts[1], text_encoder=parts[2],
+                                   tokenizer=train.make_tokenizer(),
+                                   scheduler=train.make_scheduler(), safety_checker=None,
+                                   feature_extractor=None,
                                    requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -833,9 +872,9 @@ def unet_flops(pipe):
 def gpu(config=None, device=None, steps=50, repeats=3, peak_size=8192):
     """Plain sampling, inject and guide on a random pipeline of SD 1.5's size at 512x512 in half precision.
 
-    Returns a dict with the card's name, measured matrix peak and, for each, seconds per image (median), peak memory
-    (MB), U-Net passes, and the share of the peak that the U-Net passes reach. Without a CUDA card (and no device
-    given) it returns {"card": None} at once: this size is not for a CPU."""
+    Returns a dict with the card's name, measured matrix peak and, for each, seconds per image (median), peak
+    memory (MB), U-Net passes, and the share of the peak that the U-Net passes reach. Without a CUDA card (and
+    no device given) it returns {"card": None} at once: this size is not for a CPU."""
     if device is None and not torch.cuda.is_available():
         return dict(card=None, note="no GPU was at hand", date=time.strftime("%Y-%m-%d", time.gmtime()))
     from lib import depth, featglac
@@ -846,7 +885,8 @@ def gpu(config=None, device=None, steps=50, repeats=3, peak_size=8192):
     peak, flops = matrix_peak(device, dtype, peak_size), unet_flops(pipe)
     generator = torch.Generator("cpu").manual_seed(0)
     image = torch.rand(1, 3, side, side, generator=generator)
-    ramp = depth.from_metric(torch.linspace(1, 8, side).view(1, 1, side, 1).expand(1, 1, side, side).contiguous(),
+    ramp = depth.from_metric(torch.linspace(1, 8, side).view(1, 1, side, 1).expand(1, 1, side,
+                                                                                   side).contiguous(),
                              near=1.0, far=8.0)
     cutout = torch.zeros(1, 4, side, side)
     cutout[..., side // 4:side // 2, side // 4:side // 2] = 1
@@ -857,7 +897,8 @@ def gpu(config=None, device=None, steps=50, repeats=3, peak_size=8192):
         return passes.total
 
     def edit(mechanism):
-        return lambda: featglac.insert_object(pipe, image, ramp, cutout, "a red chair", at="3m", mechanism=mechanism,
+        return lambda: featglac.insert_object(pipe, image, ramp, cutout, "a red chair", at="3m",
+                                              mechanism=mechanism,
                                               steps=steps, generator=generator).passes
 
     rows = {}
@@ -866,13 +907,15 @@ def gpu(config=None, device=None, steps=50, repeats=3, peak_size=8192):
         print(f"{name}: {json.dumps(_clean(rows[name]))}", flush=True)
     for row in rows.values():
         row["times_plain"] = row["seconds"] / rows["plain"]["seconds"]
-    return dict(card=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", dtype=str(dtype)[6:],
+    return dict(card=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+                dtype=str(dtype)[6:],
                 size=side, steps=steps, matrix_peak_tflops=peak / 1e12, unet_gflops=flops / 1e9, rows=rows,
                 torch=torch.__version__, date=time.strftime("%Y-%m-%d", time.gmtime()))
 
 
 def _timed(work, device, repeats, flops, peak):
-    """Median seconds of a job after one warm-up, its passes, peak memory, and the share of the matrix peak."""
+    """Median seconds of a job after one warm-up, its passes, peak memory, and the share of the matrix
+    peak."""
     work()
     _wait(device)
     seconds = []
@@ -883,33 +926,38 @@ def _timed(work, device, repeats, flops, peak):
             _wait(device)
             seconds.append(time.perf_counter() - start)
     middle = statistics.median(seconds)
-    return dict(seconds=middle, passes=passes, peak_mb=memory.mb, share_of_peak=passes * flops / middle / peak)
+    return dict(seconds=middle, passes=passes, peak_mb=memory.mb,
+                share_of_peak=passes * flops / middle / peak)
 
 
 def gpu_line(result):
     """The GPU's figures as Markdown; says so when none was at hand."""
     if not result or not result.get("card"):
-        return ("On a GPU (SD 1.5's size, 512x512, half precision, random weights): none was at hand when this table was "
-                "made; `python -m lib.benchmark gpu` measures it.")
-    lines = [f"SD 1.5's size, {result['size']}x{result['size']}, {result['dtype']}, random weights, {result['steps']} steps, on "
-             f"{result['card']} (matrix peak measured: {result['matrix_peak_tflops']:.0f} TFLOP/s):", "",
-             "| | seconds/image | x plain | U-Net passes | peak memory | share of matrix peak |", "| --- | --- | --- | --- | --- | --- |"]
+        return ("On a GPU (SD 1.5's size, 512x512, half precision, random weights): none was at hand when "
+                "this table was made; `python -m lib.benchmark gpu` measures it.")
+    lines = [f"SD 1.5's size, {result['size']}x{result['size']}, {result['dtype']}, random weights, "
+             f"{result['steps']} steps, on {result['card']} (matrix peak measured: "
+             f"{result['matrix_peak_tflops']:.0f} TFLOP/s):", "",
+             _row(["", "seconds/image", "x plain", "U-Net passes", "peak memory", "share of matrix peak"]),
+             _row(["---"] * 6)]
     for name, r in result["rows"].items():
-        lines.append(f"| {name} | {r['seconds']:.2f} | {r['times_plain']:.2f} | {r['passes']} | {r['peak_mb'] / 1024:.1f} GiB | "
-                     f"{100 * r['share_of_peak']:.0f} % |")
+        lines.append(_row([name, f"{r['seconds']:.2f}", f"{r['times_plain']:.2f}", str(r["passes"]),
+                           f"{r['peak_mb'] / 1024:.1f} GiB", f"{100 * r['share_of_peak']:.0f} %"]))
     return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------ command line
 
 def _parser():
-    p = argparse.ArgumentParser(prog="python -m lib.benchmark", description="Measure edits against exact truth.")
+    p = argparse.ArgumentParser(prog="python -m lib.benchmark",
+                                description="Measure edits against exact truth.")
     p.add_argument("what", nargs="?", default="run", choices=("run", "readme", "models", "gpu"))
     p.add_argument("--scenes", type=int, default=32, help="unseen scenes for each task")
     p.add_argument("--steps", type=int, default=None, help="sampling steps (default 50; smoke 4)")
     p.add_argument("--smoke", action="store_true", help="2 scenes and few steps: does it run?")
     p.add_argument("--out", default=None, help="folder for the results (default: data/benchmark)")
-    p.add_argument("--mechanisms", nargs="+", default=None, help="some of: " + ", ".join(BASELINES + MECHANISMS))
+    p.add_argument("--mechanisms", nargs="+", default=None,
+                   help="some of: " + ", ".join(BASELINES + MECHANISMS))
     p.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     p.add_argument("--seed", type=int, default=0, help="of the noise; the scenes are always the same")
     p.add_argument("--model", default="mini")
@@ -936,7 +984,8 @@ def _main(args):
         store_gpu(gpu(steps=args.steps or 50), args.out)
     else:
         setup.configure(args.model if args.model in ("mini",) else "mini")  # sets torch's threads
-        settings = Settings(model=args.model, scenes=2 if args.smoke else args.scenes, smoke=args.smoke, seed=args.seed,
+        settings = Settings(model=args.model, scenes=2 if args.smoke else args.scenes, smoke=args.smoke,
+                            seed=args.seed,
                             steps=args.steps or (4 if args.smoke else 50), tasks=tuple(args.tasks),
                             mechanisms=tuple(args.mechanisms or BASELINES + MECHANISMS))
         run(settings, out=args.out)
@@ -944,7 +993,8 @@ def _main(args):
 
 
 def store_gpu(result, folder=None):
-    """Write gpu.json, and the figures into the newest stored benchmark so that the README's table names the card."""
+    """Write gpu.json, and the figures into the newest stored benchmark so that the README's table names the
+    card."""
     from lib import setup
     folder = Path(folder) if folder else setup.data_dir() / "benchmark"
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,8 +19,10 @@ from torch import nn
 from lib.depth import abs_rel, align_scale_shift, delta1, ordinal_error
 from lib.depth import rmse as depth_rmse
 
-__all__ = ["Judge", "JudgeFeatures", "abs_rel", "align_scale_shift", "delta1", "depth_rmse", "feat_dist", "fid",
-           "judge_maps", "kid", "mean_iou", "object_present", "occlusion_order", "ordinal_error", "paired_bootstrap",
+__all__ = ["Judge", "JudgeFeatures", "abs_rel", "align_scale_shift", "delta1", "depth_rmse", "feat_dist",
+           "fid",
+           "judge_maps", "kid", "mean_iou", "object_present", "occlusion_order", "ordinal_error",
+           "paired_bootstrap",
            "psnr", "rmse", "ssim"]
 
 
@@ -34,8 +36,8 @@ class Judge(nn.Module):
     channels (`pixel_unshuffle`), and unfolds its answer to full resolution: thin legs stay sharp at a
     quarter of the cost. `kinds` and `colours` are the class names without "background" (class 0).
 
-    Sides of the image must be multiples of 16. About 0.8 M parameters; forward and backward of a 128x128 picture take about
-    11 ms in bf16 autocast and 15 ms in fp32 on one CPU core.
+    Sides of the image must be multiples of 16. About 0.8 M parameters; forward and backward of a 128x128
+    picture take about 11 ms in bf16 autocast and 15 ms in fp32 on one CPU core.
     """
 
     def __init__(self, kinds=None, colours=None, backbone="resnet18", width=48, backbone_args=None):
@@ -52,7 +54,7 @@ class Judge(nn.Module):
         self.backbone = timm.create_model(backbone, features_only=True, pretrained=False,
                                           out_indices=(0, 1, 2, 3), **backbone_args)
         if list(self.backbone.feature_info.reduction()) != [2, 4, 8, 16]:
-            raise ValueError(f"backbone {backbone!r} does not give features at strides 2, 4, 8, 16; choose another")
+            raise ValueError(f"backbone {backbone!r} has no features at strides 2, 4, 8, 16; choose another")
         chans = self.backbone.feature_info.channels()
         self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in chans)
         self.context = nn.Conv2d(width, width, 1)
@@ -68,9 +70,10 @@ class Judge(nn.Module):
         return self.backbone(x)
 
     def forward(self, image):
-        """image (B, 3, H, W) [0, 1] -> dict: depth (B, 1, H, W) metres; kind and colour logits (B, C, H, W)."""
+        """image (B, 3, H, W) [0, 1] -> dict: depth (B, 1, H, W) metres; kind and colour logits (B, C, H,
+        W)."""
         if image.ndim != 4 or image.shape[1] != 3 or image.shape[-1] % 16 or image.shape[-2] % 16:
-            raise ValueError(f"the judge takes (B, 3, H, W) with sides in multiples of 16, not {tuple(image.shape)}")
+            raise ValueError(f"the judge takes (B, 3, H, W), sides multiples of 16, not {tuple(image.shape)}")
         top = None
         maps = self.features(image)
         for i in range(len(maps) - 1, -1, -1):
@@ -112,7 +115,7 @@ class Judge(nn.Module):
         try:
             judge.load_state_dict(load_file(folder / "model.safetensors"))
         except RuntimeError as e:
-            raise ValueError(f"the weights in {folder} do not fit its config.json: {str(e).splitlines()[0]}") from e
+            raise ValueError(f"the weights in {folder} do not fit it: {str(e).splitlines()[0]}") from e
         return judge.to(device).eval().requires_grad_(False)
 
 
@@ -122,7 +125,8 @@ def _conv(cin, cout):
 
 @torch.no_grad()
 def judge_maps(judge, image, batch=16):
-    """The judge's answer as maps: dict of depth (B, 1, H, W) metres, kind and colour (B, 1, H, W) int64, 0 = room."""
+    """The judge's answer as maps: dict of depth (B, 1, H, W) metres, kind and colour (B, 1, H, W) int64, 0 =
+    room."""
     parts = [judge(x.to(next(judge.parameters()).device).float()) for x in image.split(batch)]
     maps = dict(depth=torch.cat([p["depth"] for p in parts]).cpu())
     for name in ("kind", "colour"):
@@ -134,15 +138,16 @@ def judge_maps(judge, image, batch=16):
 
 def _check_pair(a, b):
     if a.shape != b.shape or a.ndim != 4:
-        raise ValueError(f"both pictures must be (B, C, H, W) of one shape; got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(f"both must be (B, C, H, W) of one shape; got {tuple(a.shape)}, {tuple(b.shape)}")
 
 
 def rmse(a, b, zone=None):
     """Root mean square error of each picture, over the pixels of a zone: (B,) in the units of the pictures.
 
-    zone: (B or 1, 1, H, W), weights in [0, 1] (1 = counts), all pixels when None. Within a picture all pixels and
-    channels are pooled *before* the root (the mean of per-pixel roots would be smaller); over scenes, take the mean
-    of these values. NaN where the zone is empty, so that a missing zone is never a perfect score."""
+    zone: (B or 1, 1, H, W), weights in [0, 1] (1 = counts), all pixels when None. Within a picture all pixels
+    and channels are pooled *before* the root (the mean of per-pixel roots would be smaller); over scenes,
+    take the mean of these values. NaN where the zone is empty, so that a missing zone is never a perfect
+    score."""
     _check_pair(a, b)
     square = (a.float() - b.float()).square().mean(1, keepdim=True)
     if zone is None:
@@ -154,7 +159,8 @@ def rmse(a, b, zone=None):
 
 
 def psnr(a, b, zone=None):
-    """Peak signal-to-noise ratio of each picture, (B,) in dB, peak 1; within a zone when given (see `rmse`)."""
+    """Peak signal-to-noise ratio of each picture, (B,) in dB, peak 1; within a zone when given (see
+    `rmse`)."""
     if zone is not None:
         return -20 * rmse(a, b, zone).log10()
     _check_pair(a, b)
@@ -163,20 +169,23 @@ def psnr(a, b, zone=None):
 
 
 def ssim(a, b):
-    """Structural similarity of each picture, (B,), 1 = equal (Wang et al. 2004; Gaussian window, torchmetrics)."""
+    """Structural similarity of each picture, (B,), 1 = equal (Wang et al. 2004; Gaussian window,
+    torchmetrics)."""
     _check_pair(a, b)
     from torchmetrics.functional.image import structural_similarity_index_measure
-    return structural_similarity_index_measure(a.float(), b.float(), data_range=1.0, reduction="none").reshape(-1)
+    return structural_similarity_index_measure(a.float(), b.float(), data_range=1.0,
+                                               reduction="none").reshape(-1)
 
 
 @torch.no_grad()
 def feat_dist(judge, a, b, zone=None):
     """Distance of two pictures in the judge's eyes: (B,), 0 = equal, never above 4.
 
-    The LPIPS formula (Zhang et al. 2018, eq. 1) without its learned channel weights and on the judge's features
-    instead of VGG's or AlexNet's: at every layer the feature vectors of a pixel are scaled to length 1, their squared
-    difference is summed over channels and averaged over pixels, and the layers are averaged. It is *not* LPIPS: its
-    values compare only with its own. zone: average over a zone's pixels only (pooled to each layer's size)."""
+    The LPIPS formula (Zhang et al. 2018, eq. 1) without its learned channel weights and on the judge's
+    features instead of VGG's or AlexNet's: at every layer the feature vectors of a pixel are scaled to length
+    1, their squared difference is summed over channels and averaged over pixels, and the layers are averaged.
+    It is *not* LPIPS: its values compare only with its own. zone: average over a zone's pixels only (pooled
+    to each layer's size)."""
     _check_pair(a, b)
     total = 0.0
     pairs = list(zip(judge.features(a.float()), judge.features(b.float())))
@@ -196,8 +205,8 @@ def feat_dist(judge, a, b, zone=None):
 class JudgeFeatures(nn.Module):
     """(B, 3, H, W) [0, 1] -> (B, C): the judge's deepest feature map, averaged over the picture.
 
-    The stated feature module of `fid` and `kid` here. Values compare only among results with the same judge; they
-    are not the FID of papers, which uses Inception-v3 trained on ImageNet."""
+    The stated feature module of `fid` and `kid` here. Values compare only among results with the same judge;
+    they are not the FID of papers, which uses Inception-v3 trained on ImageNet."""
 
     def __init__(self, judge):
         super().__init__()
@@ -211,14 +220,16 @@ class JudgeFeatures(nn.Module):
 def fid(real, made, features):
     """Frechet distance of two sets of pictures under a feature module: a float, 0 = same mean and covariance.
 
-    real, made: (N, 3, H, W) in [0, 1]. Biased upwards at small N (it fits a covariance of C x C from N samples): below
-    about ten times as many pictures as features, prefer `kid`. features: a module (B, 3, H, W) -> (B, C)."""
+    real, made: (N, 3, H, W) in [0, 1]. Biased upwards at small N (it fits a covariance of C x C from N
+    samples): below about ten times as many pictures as features, prefer `kid`. features: a module (B, 3, H,
+    W) -> (B, C)."""
     from torchmetrics.image.fid import FrechetInceptionDistance
     return _set_distance(FrechetInceptionDistance(feature=features, normalize=True), real, made)
 
 
 def kid(real, made, features, subset=None, seed=0):
-    """Kernel distance of two sets of pictures (polynomial MMD^2, unbiased): (mean, standard deviation over subsets).
+    """Kernel distance of two sets of pictures (polynomial MMD^2, unbiased): (mean, standard deviation over
+    subsets).
 
     subset: pictures drawn for each of 50 subsets (default: half of the smaller set)."""
     from torchmetrics.image.kid import KernelInceptionDistance
@@ -243,7 +254,7 @@ def _set_distance(metric, real, made, number=True, batch=32):
     return float(value) if number else value
 
 
-# ------------------------------------------------------------------------------------------ what is in the picture
+# ------------------------------------------------------------------------------------- what is in the picture
 
 def confusion(predicted, target, classes):
     """(classes, classes) int64 counts: rows = truth, columns = prediction. Add those of many batches."""
@@ -263,8 +274,8 @@ def mean_iou(counts):
 
 
 def components(kind_map, colour_map, kind, colour, pixels=30):
-    """How many connected regions (4 neighbours) of at least `pixels` pixels have this kind and colour (1-based ids,
-    as in a Render). Maps: (H, W), or with leading dimensions of size 1."""
+    """How many connected regions (4 neighbours) of at least `pixels` pixels have this kind and colour
+    (1-based ids, as in a Render). Maps: (H, W), or with leading dimensions of size 1."""
     from scipy import ndimage
     mine = (kind_map == kind) & (colour_map == colour)
     labelled, n = ndimage.label(mine.reshape(mine.shape[-2:]).cpu().numpy())
@@ -272,16 +283,18 @@ def components(kind_map, colour_map, kind, colour, pixels=30):
 
 
 def object_present(kind_map, colour_map, kind, colour, pixels=30):
-    """True if the judge sees the object: at least 30 connected pixels of the right kind and colour (DESIGN 4)."""
+    """True if the judge sees the object: at least 30 connected pixels of the right kind and colour (DESIGN
+    4)."""
     return components(kind_map, colour_map, kind, colour, pixels) > 0
 
 
 def occlusion_order(maps, visible, hidden, kind, front_kind, least=20):
-    """Does the judge see the object pass behind the thing in front? 1.0 = yes, 0.0 = no, NaN = cannot be said.
+    """Does the judge see the object pass behind the thing in front? 1.0 = yes, 0.0 = no, NaN = cannot be
+    said.
 
-    maps: of one picture (`judge_maps`); visible, hidden (1, 1, H, W): the object's pixels that must show, and those
-    that the thing in front must cover, from the truth; kind, front_kind: 1-based kinds. Right means all of
-    (a) where it must show, at least half of the pixels are judged to be of its kind;
+    maps: of one picture (`judge_maps`); visible, hidden (1, 1, H, W): the object's pixels that must show, and
+    those that the thing in front must cover, from the truth; kind, front_kind: 1-based kinds. Right means all
+    of (a) where it must show, at least half of the pixels are judged to be of its kind;
     (b) where it must be hidden, less than half are (left out if both things are of one kind);
     (c) the median judged depth of the visible pixels is larger than that of the hidden ones.
     NaN if either region has fewer than `least` pixels."""
@@ -299,8 +312,9 @@ def occlusion_order(maps, visible, hidden, kind, front_kind, least=20):
 def paired_bootstrap(a, b, level=0.95, resamples=9999, seed=0):
     """Interval of mean(a - b) when whole scenes are drawn again: dict(diff, low, high, n, excludes_zero).
 
-    a, b: scores of two methods on the *same* scenes, in the same order; scenes where either is NaN are left out.
-    Percentile bootstrap by scipy.stats.bootstrap(paired=True). With fewer than 2 scenes the bounds are NaN."""
+    a, b: scores of two methods on the *same* scenes, in the same order; scenes where either is NaN are left
+    out. Percentile bootstrap by scipy.stats.bootstrap(paired=True). With fewer than 2 scenes the bounds are
+    NaN."""
     from scipy import stats
     a, b = (np.asarray(x, dtype=float).ravel() for x in (a, b))
     if a.shape != b.shape:
@@ -310,7 +324,8 @@ def paired_bootstrap(a, b, level=0.95, resamples=9999, seed=0):
     diff = float(np.mean(a - b)) if len(a) else float("nan")
     low = high = diff if len(a) > 1 else float("nan")
     if len(a) > 1 and np.ptp(a - b) > 0:
-        drawn = stats.bootstrap((a, b), lambda x, y, axis=-1: np.mean(x - y, axis=axis), paired=True, vectorized=True,
+        drawn = stats.bootstrap((a, b), lambda x, y, axis=-1: np.mean(x - y, axis=axis), paired=True,
+                                vectorized=True,
                                 n_resamples=resamples, confidence_level=level, method="percentile",
                                 random_state=np.random.default_rng(seed))
         low, high = map(float, drawn.confidence_interval)
@@ -340,7 +355,8 @@ def vae_quality(pipe, n=200):
         back = latents.round_trip(pipe, r.rgb.to(pipe.vae.device)).cpu()
         whole.append(psnr(back, r.rgb))
         inside.append(psnr(back, r.rgb, (r.ids >= 0).float()))
-    return dict(scenes=n, psnr=float(torch.cat(whole).mean()), psnr_objects=float(torch.cat(inside).nanmean()))
+    return dict(scenes=n, psnr=float(torch.cat(whole).mean()),
+                psnr_objects=float(torch.cat(inside).nanmean()))
 
 
 @torch.no_grad()
@@ -358,7 +374,8 @@ def depth_quality(estimator, n=200):
 
 @torch.no_grad()
 def judge_quality(judge, n=200):
-    """The judge on n unseen true pictures: mean IoU of kinds and of colours, AbsRel of depth, recall of objects."""
+    """The judge on n unseen true pictures: mean IoU of kinds and of colours, AbsRel of depth, recall of
+    objects."""
     kinds, colours = 1 + len(judge.config["kinds"]), 1 + len(judge.config["colours"])
     by_kind, by_colour, errors = torch.zeros(kinds, kinds).long(), torch.zeros(colours, colours).long(), []
     for _, r in _renders(n):
@@ -371,15 +388,18 @@ def judge_quality(judge, n=200):
 
 
 def captioned_scenes(n, least=60):
-    """n unseen scenes of one or two things, alternately, in which every thing shows on at least `least` pixels of the
-    true picture (a caption that names a hidden thing cannot be obeyed). Returns (scenes, Render)."""
+    """n unseen scenes of one or two things, alternately, in which every thing shows on at least `least`
+    pixels of the true picture (a caption that names a hidden thing cannot be obeyed). Returns (scenes,
+    Render)."""
     from lib import scenes
     found, start = [], QUALITY_START
     while len(found) < n:
-        batch = [scenes.sample(s, things=1 + k % 2) for k, s in enumerate(scenes.seeds("test", 32, start=start))]
+        batch = [scenes.sample(s, things=1 + k % 2) for k,
+                 s in enumerate(scenes.seeds("test", 32, start=start))]
         start += 32
         ids = scenes.render(batch, size=64, samples=1, shadow_rays=1).ids
-        found += [s for s, i in zip(batch, ids) if all((i == k).sum() * 4 >= least for k in range(len(s.things)))]
+        found += [s for s, i in zip(batch, ids) if all((i == k).sum() * 4 >= least
+                                                       for k in range(len(s.things)))]
     return found[:n], scenes.render(found[:n])
 
 
@@ -396,11 +416,12 @@ def _present(maps, b, scene):
 
 
 def prompts_obeyed(pipe, judge, n=200, steps=50, guidance_scale=3.0, batch=20):
-    """Share of unseen captions (at most 2 objects) whose objects are all present in the picture made from them.
+    """Share of unseen captions (at most 2 objects) whose objects are all present in the picture made from
+    them.
 
-    Present: at least 30 connected pixels that the judge gives the right kind and colour. Fixed seeds. Captions with a
-    kind-colour pair never seen in training are also counted apart, and so is the judge's score on the true renders
-    of the same captions, which is the most that could be reached."""
+    Present: at least 30 connected pixels that the judge gives the right kind and colour. Fixed seeds.
+    Captions with a kind-colour pair never seen in training are also counted apart, and so is the judge's
+    score on the true renders of the same captions, which is the most that could be reached."""
     from lib import diffusion, latents, scenes
     chosen, truth = captioned_scenes(n)
     made = []
@@ -425,8 +446,8 @@ def prompts_obeyed(pipe, judge, n=200, steps=50, guidance_scale=3.0, batch=20):
 
 
 def fill_holes_cases(n, batch=8):
-    """Yields (Render, captions, fill_mask) of n unseen scenes: one half object-shaped holes, the other holes of 25 to
-    40 % of the picture."""
+    """Yields (Render, captions, fill_mask) of n unseen scenes: one half object-shaped holes, the other holes
+    of 25 to 40 % of the picture."""
     from lib import masks, scenes
     for k, (some, r) in enumerate(_renders(n, batch=batch)):
         generator = torch.Generator("cpu").manual_seed(k)
@@ -439,9 +460,9 @@ def fill_holes_cases(n, batch=8):
 def inpaint_quality(pipe, judge, n=200, steps=25, guidance_scale=2.0):
     """The inpainting model against Telea and biharmonic on n unseen scenes with known truth.
 
-    feat_dist: of *one* sample, over the picture. psnr: inside the hole, of the *mean of four* samples (the best guess
-    under a square loss). Means over scenes, for object-shaped holes (`_objects`), large ones (`_large`) and all, and
-    the paired bootstrap interval of the difference from each classical filling."""
+    feat_dist: of *one* sample, over the picture. psnr: inside the hole, of the *mean of four* samples (the
+    best guess under a square loss). Means over scenes, for object-shaped holes (`_objects`), large ones
+    (`_large`) and all, and the paired bootstrap interval of the difference from each classical filling."""
     from lib import inpaint
     rows = {m: dict(feat_dist=[], psnr=[]) for m in ("model", "telea", "biharmonic")}
     for k, (r, captions, hole) in enumerate(fill_holes_cases(n)):

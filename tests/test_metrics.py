@@ -56,11 +56,13 @@ def test_judge_learns():
 def test_judge_is_saved_and_loaded(judge, tmp_path):
     judge.save(tmp_path / "judge")
     again = metrics.Judge.load(tmp_path / "judge")
-    assert not again.training and sorted(p.name for p in (tmp_path / "judge").iterdir()) == ["config.json", "model.safetensors"]
+    files = sorted(p.name for p in (tmp_path / "judge").iterdir())
+    assert not again.training and files == ["config.json", "model.safetensors"]
     torch.testing.assert_close(again(pictures())["kind"], judge(pictures())["kind"], rtol=0, atol=0)
     with pytest.raises(FileNotFoundError, match="lib.train judge"):
         metrics.Judge.load(tmp_path / "nowhere")
-    (tmp_path / "judge" / "config.json").write_text((tmp_path / "judge" / "config.json").read_text().replace("48", "40"))
+    config = tmp_path / "judge" / "config.json"
+    config.write_text(config.read_text().replace("48", "40"))
     with pytest.raises(ValueError, match="do not fit"):
         metrics.Judge.load(tmp_path / "judge")
 
@@ -71,13 +73,14 @@ def test_judge_maps_are_labels(judge):
     torch.testing.assert_close(maps["depth"], judge(pictures(3))["depth"], rtol=1e-4, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------- picture scores
+# --------------------------------------------------------------------------------------------- picture scores
 
 def test_rmse_pools_pixels_of_the_zone_before_the_root():
     a, b = torch.zeros(1, 3, 1, 4), torch.tensor([0.0, 0.3, 0.4, 0.9]).view(1, 1, 1, 4).expand(1, 3, 1, 4)
     zone = torch.tensor([0.0, 1.0, 1.0, 0.0]).view(1, 1, 1, 4)
     assert float(metrics.rmse(a, b, zone)) == pytest.approx(math.sqrt((0.09 + 0.16) / 2), rel=1e-6)
-    assert float(metrics.rmse(a, b, zone)) != pytest.approx((0.3 + 0.4) / 2, rel=1e-3)  # not the mean of roots
+    assert float(metrics.rmse(a, b, zone)) != pytest.approx((0.3 + 0.4) / 2,
+                                                            rel=1e-3)  # not the mean of roots
     assert float(metrics.rmse(a, b)) == pytest.approx(math.sqrt((0.09 + 0.16 + 0.81) / 4), rel=1e-6)
 
 
@@ -102,7 +105,8 @@ def test_ssim_is_skimages():
     from skimage.metrics import structural_similarity
     a = pictures(2)
     b = (a + 0.1 * pictures(2, seed=2)).clamp(0, 1)
-    theirs = [structural_similarity(x.permute(1, 2, 0).numpy(), y.permute(1, 2, 0).numpy(), channel_axis=-1, sigma=1.5,
+    theirs = [structural_similarity(x.permute(1, 2, 0).numpy(), y.permute(1, 2, 0).numpy(), channel_axis=-1,
+                                    sigma=1.5,
                                     gaussian_weights=True, use_sample_covariance=False, data_range=1.0)
               for x, y in zip(a, b)]
     assert metrics.ssim(a, b).tolist() == pytest.approx(theirs, abs=5e-3)
@@ -114,7 +118,8 @@ def test_feat_dist_is_the_formula(judge):
     by_hand = []
     for fa, fb in zip(judge.features(a), judge.features(b)):
         fa, fb = (f[0].flatten(1).double().numpy() for f in (fa, fb))
-        fa, fb = fa / np.maximum(np.linalg.norm(fa, axis=0), 1e-6), fb / np.maximum(np.linalg.norm(fb, axis=0), 1e-6)
+        fa, fb = fa / np.maximum(np.linalg.norm(fa, axis=0),
+                                 1e-6), fb / np.maximum(np.linalg.norm(fb, axis=0), 1e-6)
         by_hand.append(((fa - fb) ** 2).sum(0).mean())
     assert float(metrics.feat_dist(judge, a, b)) == pytest.approx(np.mean(by_hand), rel=1e-4)
     assert float(metrics.feat_dist(judge, a, a)) == 0.0
@@ -126,7 +131,9 @@ def test_feat_dist_grows_with_the_change_and_keeps_to_its_zone(judge):
     assert 0 < float(metrics.feat_dist(judge, a, near)) < float(metrics.feat_dist(judge, a, far))
     zone = torch.zeros(1, 1, 64, 64)
     zone[..., :, :16] = 1
-    assert float(metrics.feat_dist(judge, a, far, zone)) != pytest.approx(float(metrics.feat_dist(judge, a, far)), rel=1e-3)
+    assert float(metrics.feat_dist(judge, a, far, zone)) != pytest.approx(float(metrics.feat_dist(judge, a,
+                                                                                                  far)),
+                                                                          rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------- sets
@@ -214,7 +221,8 @@ def test_the_interval_is_paired():
     scene = rng.normal(0, 5, 40)  # scenes differ far more than the methods do
     a, b = scene + 1.0 + rng.normal(0, 0.2, 40), scene
     result = metrics.paired_bootstrap(a, b)
-    assert result["excludes_zero"] and result["low"] < 1.0 < result["high"] and result["high"] - result["low"] < 0.3
+    assert result["excludes_zero"] and result["low"] < 1.0 < result["high"]
+    assert result["high"] - result["low"] < 0.3
     assert result == metrics.paired_bootstrap(a, b)
     flipped = metrics.paired_bootstrap(b, a)
     assert flipped["diff"] == pytest.approx(-result["diff"])
