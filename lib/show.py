@@ -461,7 +461,12 @@ def main(arguments):
     if not arguments or arguments[0] != "figures" or len(arguments) > 2:
         print("usage: python -m lib.show figures [FOLDER]", file=sys.stderr)
         return 2
-    for path in make_figures(*arguments[1:]):
+    try:
+        paths = make_figures(*arguments[1:])
+    except (RuntimeError, ValueError, OSError) as error:          # a missing model says itself what to do
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for path in paths:
         print(f"{path}  {path.stat().st_size / 1000:.0f} kB")
     return 0
 

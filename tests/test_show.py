@@ -268,6 +268,18 @@ def test_command_line_says_how(capsys):
     assert show.main([]) == 2 and "figures" in capsys.readouterr().err
 
 
+def test_figures_command(tmp_path, monkeypatch, capsys):
+    from lib import widgets
+    drawn = tmp_path / "00_a.png"
+    monkeypatch.setattr(widgets, "make_figures", lambda folder: [show.save_image(torch.zeros(1, 3, 4, 4), folder / drawn.name)])
+    assert show.main(["figures", str(tmp_path)]) == 0 and "00_a.png" in capsys.readouterr().out and drawn.is_file()
+
+    def missing(folder):
+        raise RuntimeError("mini is not here: train it")
+    monkeypatch.setattr(widgets, "make_figures", missing)
+    assert show.main(["figures", str(tmp_path)]) == 1 and capsys.readouterr().err == "error: mini is not here: train it\n"
+
+
 def test_png_metadata_text_does_not_matter(tmp_path, picture):
     info = PngImagePlugin.PngInfo()
     info.add_text("Comment", "x" * 5000)
