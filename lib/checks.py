@@ -25,6 +25,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 SIGNS = {"pass": "[ok]", "fail": "[not yet]", "todo": "[todo]"}
@@ -62,7 +63,7 @@ class Wrong:
 
 @dataclass(frozen=True)
 class Check:
-    """One exercise: see the module's docstring. `tolerance` is absolute."""
+    """One exercise: see the module's docstring. Right is |answer - expected| <= tolerance * (1 + |expected|)."""
     name: str
     reference: Callable
     cases: Callable
@@ -120,12 +121,32 @@ class Check:
 
 # ---------------------------------------------------------------- what differs
 
-def _copy(case):
-    return tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in case)
+def _copy(thing):
+    """The same inputs again: tensors, arrays, generators and containers are copied, models and the rest are shared."""
+    if isinstance(thing, torch.Tensor):
+        return thing.clone()
+    if isinstance(thing, np.ndarray):
+        return thing.copy()
+    if isinstance(thing, torch.Generator):
+        return torch.Generator(thing.device).set_state(thing.get_state())
+    if isinstance(thing, dict):
+        return {name: _copy(x) for name, x in thing.items()}
+    if type(thing) in (list, tuple):
+        return type(thing)(_copy(x) for x in thing)
+    return thing
 
 
 def _same(a, b):
-    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else True for x, y in zip(a, b))
+    """Whether inputs are as they were (a generator may have moved on)."""
+    if isinstance(a, torch.Tensor):
+        return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
+    if type(a) in (list, tuple):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
+    return True
 
 
 def _attempt(function, case):
@@ -143,11 +164,11 @@ def _matches(answer, expected, tolerance):
                 and all(_matches(a, e, tolerance) for a, e in zip(answer, expected)))
     if isinstance(expected, torch.Tensor):
         return (isinstance(answer, torch.Tensor) and answer.shape == expected.shape and answer.dtype == expected.dtype
-                and torch.allclose(answer.double(), expected.double(), rtol=0, atol=tolerance, equal_nan=True))
+                and torch.allclose(answer.double(), expected.double(), rtol=tolerance, atol=tolerance, equal_nan=True))
     if isinstance(expected, (bool, str)) or expected is None:
         return type(answer) is type(expected) and answer == expected
     try:
-        return abs(float(answer) - float(expected)) <= tolerance
+        return abs(float(answer) - float(expected)) <= tolerance * (1 + abs(float(expected)))
     except (TypeError, ValueError):
         return False
 

@@ -333,8 +333,11 @@ def depth(values, titles=None, columns=None, height=2.4, vmin=0.0, vmax=1.0, lab
     return pictures(values, titles, columns, height, DEPTH_CMAP, vmin, vmax, bar=label)
 
 
-def figure(name, width=None):
-    """Show the stored picture figures/<name>.png; without the file, one line that says how to make it."""
+def figure(name, alt=None, width=None):
+    """Show the stored picture figures/<name>.png; alt: the picture in words, for who cannot see it.
+
+    Without the file, one line that says how to make it.
+    """
     from IPython.display import Image as Shown
     from IPython.display import Markdown
 
@@ -342,7 +345,7 @@ def figure(name, width=None):
     path = Path(setup.figures_dir()) / f"{name}.png"
     if not path.exists():
         return Markdown(f"*(The picture `figures/{name}.png` is not here; `make figures` draws it.)*")
-    return Shown(filename=str(path), width=width, alt=name.replace("_", " "))
+    return Shown(filename=str(path), width=width, alt=alt or name.replace("_", " "))
 
 
 def tile(images, labels, columns=None, scale=None, title=None):

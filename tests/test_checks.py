@@ -128,6 +128,31 @@ def test_changing_the_input_in_place_is_refused():
     assert result.status == "fail" and result.mistake == "in-place"
 
 
+def test_inputs_of_every_kind_are_copied_for_each_call():
+    """Reference and reader see the same numbers, also from a generator, a list, a dictionary or an array."""
+    def case(g):
+        return [(torch.Generator().manual_seed(1), [torch.ones(2)], {"w": np.ones(2)})]
+
+    def right(g, tensors, arrays):
+        return torch.rand(2, generator=g) + tensors[0] + float(arrays["w"].sum())
+    assert Check("c", right, case).run(right).status == "pass"
+
+    def spoils_the_list(g, tensors, arrays):
+        tensors[0] += 1
+        return right(g, tensors, arrays)
+
+    def spoils_the_array(g, tensors, arrays):
+        arrays["w"] *= 2
+        return right(g, tensors, arrays)
+    for spoils in (spoils_the_list, spoils_the_array):
+        assert Check("c", right, case).run(spoils).mistake == "in-place"
+
+
+def test_tolerance_grows_with_the_value():
+    big = Check("b", lambda x: x * 1e6, lambda g: [(torch.rand(4, generator=g),)])
+    assert big.run(lambda x: x * (1e6 + 1)).status == "pass" and big.run(lambda x: x * 1.01e6).status == "fail"
+
+
 def test_a_wrong_answer_must_match_on_every_case():
     item = Check("two", lambda x: x + 1, lambda g: [(torch.zeros(3),), (torch.rand(3, generator=g),)],
                  wrongs=[Wrong("double", lambda x: 2 * x + 2, "You doubled it.")])

@@ -58,7 +58,7 @@ def test_cells_are_short_and_named():
 
 
 def test_stored_pictures_exist_and_are_small():
-    names = re.findall(r'show\.figure\("(.+?)"\)', "\n".join(CODE.values()))
+    names = re.findall(r'show\.figure\("(.+?)", alt="', "\n".join(CODE.values()))
     assert set(names) == {"00_edit", "00_threshold_strip"}
     for name in names:
         path = setup.figures_dir() / f"{name}.png"
