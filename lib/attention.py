@@ -290,17 +290,15 @@ def inject(unet, source, mask=1.0, strength=1.0, layers="all", window=(0.0, 1.0)
     """Give self-attention the keys and values of other pictures, where the masks say so.
 
     source: a `Bank` of S pictures (from `record`), matched by timestep, so every step uses its own noise
-    level; or
-      an int S: the first S pictures of each U-Net call guide the rest (one batched call [fg, bg, generation,
-      ...]).
-    mask: (S, 1, H, W), one per source picture, any resolution (average-pooled to each layer's grid); where
-    their
-      sum is below 1 the generation keeps its own share. strength in [0, 1] multiplies them all; a dict
-      {fraction: strength} sets it per resolution.
+        level; or an int S: the first S pictures of each U-Net call guide the rest (one batched call
+        [fg, bg, generation, ...]).
+    mask: (S, 1, H, W), one per source picture, of any resolution (average-pooled to each layer's grid); where
+        their sum is below 1 the generation keeps its own share.
+    strength: in [0, 1], multiplies all masks; a dict {fraction: strength} sets it per resolution.
     window: (start, stop) along the way from noise (0) to picture (1). parts: "k", "v" or "kv".
-    mode: "replace": K <- (1 - m) K + m K_source token by token (COURSE 4);
-      "query": each *query* under a mask attends to that source's K/V, the outputs blended (MasaCtrl with
-      masks); "concat": the sources' tokens are added to the own ones with weight m (StyleAligned).
+    mode: "replace": K <- (1 - m) K + m K_source, token by token (COURSE 4);
+        "query": each *query* under a mask attends to that source's K/V, the outputs blended (MasaCtrl with
+        masks); "concat": the sources' tokens join the own ones with weight m (StyleAligned).
     Own K/V at strength 1 change nothing (a test says so).
     """
     if mode not in ("replace", "query", "concat"):
@@ -342,6 +340,8 @@ def inject(unet, source, mask=1.0, strength=1.0, layers="all", window=(0.0, 1.0)
             k_src, v_src = k[:source], v[:source]
         else:
             kept = source.at(clock.t, name)
+            if "k" not in kept or "v" not in kept:
+                raise ValueError(f"The bank holds only {sorted(kept)}; record with what=\"kv\" to inject it.")
             k_src, v_src = kept["k"].to(k), kept["v"].to(v)
             count = len(k_src)
         if checked is None:

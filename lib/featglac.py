@@ -196,9 +196,10 @@ class _Job:
         return torch.randn(z.shape, generator=self.generator, dtype=torch.float32).to(z)
 
     def text(self, prompt) -> torch.Tensor:
-        if prompt not in self.cache:
-            self.cache[prompt] = diffusion.embed(self.pipe, prompt)
-        return self.cache[prompt]
+        key = ("text", prompt)
+        if key not in self.cache:
+            self.cache[key] = diffusion.embed(self.pipe, prompt)
+        return self.cache[key]
 
     def uncond(self):
         return self.text(self.set.negative_prompt) if self.set.guidance_scale != 1.0 else None
@@ -486,7 +487,7 @@ def _decode(job, z) -> torch.Tensor:
 def relight(picture, after, before, mask, smooth=0.02) -> torch.Tensor:
     """picture x after / before, the ratio smoothed inside and outside the mask apart: only the light changes.
 
-    Light multiplies, and a shadow on a chequered floor leaves the chequers: a ratio keeps the picture's
+    Light multiplies, and a shadow on a chequered floor leaves the chequers: a ratio keeps the picture's own
     detail, where a difference of two blurred decodings cannot. smooth: sigma of the blur, part of the smaller side.
     """
     ratio = ((after.clamp(min=0) + 0.05) / (before.clamp(min=0) + 0.05)).log().clamp(-2, 2)
