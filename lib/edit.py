@@ -74,14 +74,16 @@ def read_photo(image, depth_file="", near_is="", depth_model="mini", device="cpu
     return Photo(full, small, found, focal, Path(image).name, origin)
 
 
+EXAMPLE = scenes.SPLITS["test"].start + 16  # a room with a table and a lamp in low light
+
+
 def _miniature_photo() -> Photo:
-    scene = scenes.insertion_case(scenes.seeds("test", 1)[0])["background"]
+    scene = scenes.sample(EXAMPLE)
     made = scenes.render(scene, size=256)
     found = depth.from_metric(made.depth, near=scenes.NEAR, far=scenes.FAR, source="the Miniature's renderer (exact)")
-    focal = 0.5 / np.tan(np.radians(scene.camera.fov) / 2)
     origin = {"photograph": "none given: a room of the Miniature, rendered here", "depth": "exact, by the renderer",
               "focal length": "the renderer's camera"}
-    return Photo(made.rgb, made.rgb, found, float(focal), "miniature", origin)
+    return Photo(made.rgb, made.rgb, found, float(0.5 / np.tan(np.radians(scene.camera.fov) / 2)), "miniature", origin)
 
 
 def _shrink(image, side):
@@ -118,11 +120,16 @@ def read_cutout(insert, model="mini", seed=0, device="cpu") -> tuple[torch.Tenso
             raise ValueError(f"{path.name} has no transparent pixel, so it is a picture and not a cut-out; give an RGBA "
                              f"PNG whose background is transparent.")
         return _trim(rgba), "cut-out", f"the cut-out file {path.name}, in the light it was photographed in"
-    words = path.name.strip().lower()  # `make edit` turns INSERT into a path; the last part is what was typed
-    if not str(model).startswith("mini"):
+    words = words_of(insert)
+    if not Path(model).name.startswith("mini"):
         return None, "cut-out", f"painted by {model} from the words '{words}'"
     kind, colour = _words(words)
     return _drawn(kind, colour, seed, device), kind, f"drawn by the mini from '{words}', cut out by the judge (128 pixels)"
+
+
+def words_of(insert) -> str:
+    """The words in INSERT; `make edit` turns every INSERT into a path, whose last part is what was typed."""
+    return Path(insert).name.strip().lower()
 
 
 def _words(words) -> tuple[str, str]:
@@ -134,10 +141,10 @@ def _words(words) -> tuple[str, str]:
 
 
 def _miniature_cutout():
-    case = scenes.insertion_case(scenes.seeds("test", 1)[0])
-    kind = case["scene"].things[case["index"]].kind
-    alone = scenes.only(case["scene"], case["index"], size=384)
-    return _trim(alone), kind, f"none given: a {kind} rendered by the Miniature, under its own sun"
+    room = scenes.sample(EXAMPLE)
+    alone = replace(room, things=()).insert(scenes.Thing("chair", "blue", x=0, z=0, turn=25), at=2.2)
+    rgba = scenes.only(alone, 0, sun=scenes.other_sun(room.sun), size=256)
+    return _trim(rgba), "chair", "none given: a blue chair rendered by the Miniature, under another sun than the room's"
 
 
 def _drawn(kind, colour, seed, device, tries=8):

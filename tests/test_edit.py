@@ -133,27 +133,39 @@ def test_untouched_notebook_runs_on_the_miniature(tiny, tmp_path):
 
 
 def test_a_large_picture_keeps_its_size_and_pixels(room, tiny_pipe, tmp_path):
-    """The model works at 128 pixels; the other pixels of a 6-megapixel picture stay as they were."""
-    big = np.random.default_rng(0).integers(0, 255, (2000, 3000, 3), dtype=np.uint8)
+    """The model works at 128 pixels; the other pixels of a picture of 2.6 megapixels stay as they were."""
+    big = np.random.default_rng(0).integers(0, 255, (1300, 2000, 3), dtype=np.uint8)
     Image.fromarray(big).save(tmp_path / "big.png")
-    mm = Image.open(room / "room_mm.png").resize((3000, 2000), Image.NEAREST)
+    mm = Image.open(room / "room_mm.png").resize((2000, 1300), Image.NEAREST)
     mm.save(tmp_path / "mm.png")
     photo = edit.read_photo(tmp_path / "big.png", tmp_path / "mm.png")
     assert max(photo.small.shape[-2:]) == edit.WORK_SIDE == max(photo.depth.size)
     cutout, kind, _ = edit.read_cutout(room / "toy.png")
     shot = edit.composites(photo, edit.stand(photo, "2m", cutout, kind), cutout)
     final = edit.with_model(shot, tiny_pipe, steps=3, noise_level=1.0, generator=torch.Generator().manual_seed(0))
-    assert final.result.shape == (1, 3, 2000, 3000)
+    assert final.result.shape == (1, 3, 1300, 2000)
     top, left, side = edit.window(shot, 128)
-    outside = torch.ones(1, 1, 2000, 3000, dtype=torch.bool)
+    outside = torch.ones(1, 1, 1300, 2000, dtype=torch.bool)
     outside[..., top:top + side, left:left + side] = False
     outside = outside.expand_as(photo.image)
-    assert torch.equal(final.result[outside], photo.image[outside]) and side < 2000
+    assert torch.equal(final.result[outside], photo.image[outside]) and side < 1300
     assert (final.result != shot.paste).any() and final.result.min() >= 0 and final.result.max() <= 1
     in_front = (shot.hidden_by == 1) & (shot.object_layer[:, 3:] > 0.5)
     if in_front.any():
         where = in_front.expand_as(photo.image)
         assert torch.equal(final.result[where], photo.image[where]), "what is in front of the object is not edited"
+
+
+def test_words_are_painted_by_a_pipeline_that_is_not_the_mini(room, tiny, tmp_path):
+    """INSERT as `make edit` hands it over: a path whose last part is the words."""
+    space = run_cells(**settings(room, tiny, tmp_path / "out", INSERT=str(tmp_path / "red chair"), WHERE="0.25"))
+    final = space["final"]
+    assert space["prompt"] == "red chair" and final.facts["object"]["painted"]
+    box = (final.object_layer[:, 3:] * (1 - final.hidden_by) > 0.99).expand_as(final.paste)
+    assert (final.paste != final.photo.image)[box].float().mean() > 0.9
+    assert torch.equal(final.paste[final.object_layer[:, 3:].expand_as(box) == 0],
+                       final.photo.image[final.object_layer[:, 3:].expand_as(box) == 0])
+    assert "painted by" in (tmp_path / "out" / "report.md").read_text()
 
 
 # ------------------------------------------------------------------ pieces
