@@ -38,7 +38,8 @@ no_python = { echo "No Python 3.11 or newer was found. Install one, or name it: 
 			> "$$($(BIN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/reused.pth"; \
 		"$$python" -m lib.setup keep > build/keep.txt; \
 		grep -vE '^(torch|torchvision|numpy)==' constraints.txt | cat - build/keep.txt > build/constraints.txt; \
-		$(BIN) -m pip install -q --ignore-installed -c build/constraints.txt jupyterlab ipykernel ipywidgets anywidget; \
+		$(BIN) -m pip install -q --ignore-installed -c build/constraints.txt jupyterlab ipykernel ipywidgets anywidget \
+			"setuptools>=77.0.3"; \
 	fi; \
 	$(BIN) -m pip install -q --disable-pip-version-check -c build/constraints.txt hatchling editables; \
 	$(BIN) -m pip install -q --disable-pip-version-check -c build/constraints.txt --no-build-isolation -e ".[test]"; \

@@ -524,7 +524,7 @@ def _papermill_words():
 
 
 def _failed(path: Path, error: Exception, log: Path) -> NotebookFailed:
-    """One sentence from whatever papermill raised, and the full trace in the log."""
+    """The message of whatever papermill raised, without its trace; the full trace goes to the log."""
     colours = re.compile(r"\x1b\[[0-9;]*m")
     log.write_text(colours.sub("", str(error)), encoding="utf8")
     kind = getattr(error, "ename", type(error).__name__)
@@ -533,8 +533,8 @@ def _failed(path: Path, error: Exception, log: Path) -> NotebookFailed:
         text = "a cell took longer than the time allowed"
     if kind in ("DeadKernelError", "RuntimeError") and "ernel died" in text:
         text = "the kernel died; most often the memory ran out"
-    sentence = colours.sub("", text).strip().splitlines()[0]
-    failure = NotebookFailed(f"{path.name}: {kind}: {sentence}")
+    message = "\n".join(colours.sub("", text).strip().splitlines()[:12])  # `models` lists what it tried, line by line
+    failure = NotebookFailed(f"{path.name}: {kind}: {message}")
     failure.log = log
     return failure
 

@@ -247,6 +247,12 @@ def test_command_line_types_and_paths(tmp_path, monkeypatch, capsys):
     assert "executed copy: out.ipynb" in capsys.readouterr().out
 
 
+def test_a_message_of_several_lines_is_kept(tmp_path):
+    path = write_notebook(tmp_path / "a.ipynb", "raise RuntimeError('no such model. Tried:\\n- here\\n- there')")
+    with pytest.raises(setup.NotebookFailed, match="RuntimeError: no such model. Tried:\n- here\n- there$"):
+        setup.run_notebook(path, tmp_path / "b.ipynb")
+
+
 def test_command_line_failure_is_short(tmp_path, capsys):
     path = write_notebook(tmp_path / "a.ipynb", "def f():\n    raise ValueError('no such picture')\nf()")
     assert setup.main(["run", str(path), str(tmp_path / "b.ipynb")]) == 1
