@@ -54,12 +54,12 @@ test: .venv/ready
 	@$(BIN) -m lib.setup prepare build/notebooks
 	$(BIN) -m pytest tests build/notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=300 $(ARGS)
 
-# Values reach the notebook through the environment, so that spaces and quotes in them survive.
-EDIT := IMAGE DEPTH DEPTH_NEAR DEPTH_MODEL AT INSERT WHERE HEIGHT PROMPT OUTPUT MODEL SEED SMOKE MECHANISM
-GIVEN = $(foreach name,$(EDIT),$(if $(findstring command line,$(origin $(name))),$(name)))
+# Every variable given on the command line is a parameter of the notebook; an unknown one is an error there. Values go
+# through the environment, so that spaces and quotes in them survive.
+GIVEN = $(filter-out PYTHON,$(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name))))
 edit: .venv/ready
 	@$(if $(IMAGE),,echo 'error: which picture? make edit IMAGE=photo.jpg AT=0.5 INSERT=cutout.png' >&2; exit 1;) \
-	$(BIN) -m lib.setup run notebooks/edit.ipynb build/edit.ipynb --env $(strip $(GIVEN)) \
+	$(BIN) -m lib.setup run notebooks/edit.ipynb build/edit.ipynb --env $(sort $(GIVEN)) \
 		--paths IMAGE DEPTH INSERT OUTPUT --at "$(CALLER)"
 
 train: .venv/ready
