@@ -488,7 +488,8 @@ def relight(picture, after, before, mask, smooth=0.02) -> torch.Tensor:
     """picture x after / before, the ratio smoothed inside and outside the mask apart: only the light changes.
 
     Light multiplies, and a shadow on a chequered floor leaves the chequers: a ratio keeps the picture's own
-    detail, where a difference of two blurred decodings cannot. smooth: sigma of the blur, part of the smaller side.
+    detail, where a difference of two blurred decodings cannot.
+    smooth: sigma of the blur, as a part of the smaller side.
     """
     ratio = ((after.clamp(min=0) + 0.05) / (before.clamp(min=0) + 0.05)).log().clamp(-2, 2)
     inside = (mask >= 0.5).to(picture)
