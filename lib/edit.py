@@ -1,13 +1,13 @@
 """The job behind `make edit`: one real photograph, one object, one depth (notebooks/edit.ipynb).
 
-    photo = read_photo("room.jpg", "room_depth.png")     any size; depth measured, or estimated by a depth model
-    place = stand(photo, at, cutout)                      where the object's foot is, and how large it is there
-    shot = composites(photo, place, cutout)               DeGLaD layers; 2-D paste; depth-aware paste, full size
-    final = with_model(shot, pipe)                        FeatGLaC in a window at the model's size, brought back
-    save(final, "out")                                    pictures, layers, statistics, report; all or nothing
+    photo = read_photo("room.jpg", "depth.png")   any size; depth measured, or estimated by a depth model
+    place = stand(photo, at, cutout)              where the object's foot is, and how large it is there
+    shot = composites(photo, place, cutout)       DeGLaD layers; 2-D paste; depth-aware paste; full size
+    final = with_model(shot, pipe)                FeatGLaC in a window at the model's size, brought back
+    save(final, "out")                            pictures, layers, statistics, report; all or nothing
 
-The large picture stays as it is: only what the edit *changed* at the model's size is enlarged and added, inside the
-ring around the object. Every other pixel is the photograph's own, bit for bit.
+The large picture stays as it is: only what the edit *changed* at the model's size is enlarged and added,
+inside the ring around the object. Every other pixel is the photograph's own, bit for bit.
 """
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ import torch.nn.functional as F
 
 from lib import deglad, depth, featglac, models, scenes, setup, show
 
-WORK_SIDE = 1536       # masks of larger pictures are made at this size and enlarged; pictures never lose resolution
-VIEW = 0.82            # focal length / picture width when the file does not say: a phone's or depth camera's view
+WORK_SIDE = 1536       # masks of larger pictures are made at this size and enlarged; the pictures are not
+VIEW = 0.82            # focal length / picture width where the file does not say: about a phone's view
 TOLERANCE = 0.03       # what is nearer than the object by less than this share of its depth does not hide it
-SINK = 0.06            # a cut-out seen from slightly above reaches this share of its height below its middle's foot
+SINK = 0.06            # a thing seen from slightly above reaches this share of its height below its middle's foot
 METRES = {"cut-out": 0.45, "chair": 0.9, "table": 0.75, "lamp": 1.25, "plant": 0.7, "ball": 0.5, "box": 0.5,
         "vase": 0.7, "cone": 0.8, "glass": 0.5}  # metres, when nobody says
 
@@ -39,7 +39,7 @@ METRES = {"cut-out": 0.45, "chair": 0.9, "table": 0.75, "lamp": 1.25, "plant": 0
 
 @dataclass(frozen=True)
 class Photo:
-    """image (1, 3, H, W) full size; small: at most WORK_SIDE; depth: DepthMap of small's size; focal in widths."""
+    """image (1, 3, H, W) full size; small: at most WORK_SIDE; depth: of small's size; focal in widths."""
     image: torch.Tensor
     small: torch.Tensor
     depth: depth.DepthMap
@@ -51,14 +51,15 @@ class Photo:
 def read_photo(image, depth_file="", near_is="", depth_model="mini", device="cpu") -> Photo:
     """Read a photograph and its depth. `depth_file`: see `lib.depth.given`; empty: `depth_model` estimates.
 
-    image: a path, or "" for a room of the Miniature with its exact depth. Errors: see show.read_image, depth.given.
+    image: a path, or "" for a room of the Miniature with its exact depth. Errors: as show.read_image,
+    depth.given.
     """
     if not str(image):
         return _miniature_photo()
     full = show.read_image(image)
     size = tuple(full.shape[-2:])
     if min(size) < 32:
-        raise ValueError(f"The picture is {size[1]} x {size[0]} pixels, too small to edit; give one of 32 x 32 or more.")
+        raise ValueError(f"The picture is {size[1]} x {size[0]} pixels, too small to edit; give at least 32 x 32.")
     small = _shrink(full, WORK_SIDE)
     if str(depth_file):
         found = depth.given(depth_file, near_is=near_is or None, size=size, trim=2.0).resize(small.shape[-2:])
@@ -67,8 +68,8 @@ def read_photo(image, depth_file="", near_is="", depth_model="mini", device="cpu
         found = models.load_depth(depth_model, device)(small.to(device)).to("cpu")
         where = f"estimated from the picture by the depth model '{depth_model}'"
         if depth_model in ("mini", "mini-depth"):
-            where += (", which was trained on the Miniature only: in a photograph it finds the floor, hardly the things "
-                      "on it, and its metres are a guess")
+            where += (", which was trained on the Miniature only: in a photograph it finds the floor, hardly the "
+                      "things on it, and its metres are a guess")
     focal, said = _focal(image, full)
     origin = {"photograph": Path(image).name, "depth": where, "focal length": said}
     return Photo(full, small, found, focal, Path(image).name, origin)
@@ -80,10 +81,11 @@ EXAMPLE = scenes.SPLITS["test"].start + 16  # a room with a table and a lamp in 
 def _miniature_photo() -> Photo:
     scene = scenes.sample(EXAMPLE)
     made = scenes.render(scene, size=256)
-    found = depth.from_metric(made.depth, near=scenes.NEAR, far=scenes.FAR, source="the Miniature's renderer (exact)")
-    origin = {"photograph": "none given: a room of the Miniature, rendered here", "depth": "exact, by the renderer",
-              "focal length": "the renderer's camera"}
-    return Photo(made.rgb, made.rgb, found, float(0.5 / np.tan(np.radians(scene.camera.fov) / 2)), "miniature", origin)
+    found = depth.from_metric(made.depth, near=scenes.NEAR, far=scenes.FAR, source="the renderer (exact)")
+    origin = {"photograph": "none given: a room of the Miniature, rendered here",
+              "depth": "exact, by the renderer", "focal length": "the renderer's camera"}
+    focal = float(0.5 / np.tan(np.radians(scene.camera.fov) / 2))
+    return Photo(made.rgb, made.rgb, found, focal, "miniature", origin)
 
 
 def _shrink(image, side):
@@ -97,19 +99,19 @@ def _shrink(image, side):
 def _focal(path, image) -> tuple[float, str]:
     """Focal length in picture widths, from EXIF's 35 mm equivalent, else VIEW."""
     from PIL import Image
-    with contextlib.suppress(Exception), Image.open(path) as picture:  # EXIF is often broken; it is a help only
+    with contextlib.suppress(Exception), Image.open(path) as picture:  # EXIF is often broken, and only a help
         mm = picture.getexif().get_ifd(0x8769).get(41989)
         if mm and 5 < float(mm) < 1000:
             diagonal = float(np.hypot(*image.shape[-2:]))
-            return float(mm) / 43.27 * diagonal / image.shape[-1], f"{mm} mm (35 mm equivalent), from the file"
+            return float(mm) / 43.27 * diagonal / image.shape[-1], f"{mm} mm (35 mm equivalent), in the file"
     return VIEW, f"not in the file; {VIEW} picture widths assumed"
 
 
 def read_cutout(insert, model="mini", seed=0, device="cpu") -> tuple[torch.Tensor | None, str, str]:
-    """(RGBA (1, 4, h, w) or None, kind, where it comes from) of a cut-out file, or of words such as "red chair".
+    """(RGBA (1, 4, h, w) or None, kind, where it comes from) of a cut-out file, or of words ("red chair").
 
-    Words with the mini: it draws pictures and the judge cuts the object out. Other models paint the object into the
-    picture themselves (None). "": a cut-out that the Miniature renders.
+    Words with the mini: it draws pictures and the judge cuts the object out. Other models paint the object
+    into the picture themselves (None). "": a cut-out that the Miniature renders.
     """
     if not str(insert):
         return _miniature_cutout()
@@ -117,14 +119,15 @@ def read_cutout(insert, model="mini", seed=0, device="cpu") -> tuple[torch.Tenso
     if path.is_file() or path.suffix:
         rgba = featglac.check_rgba(show.read_image(path, mode="rgba"), path.name)
         if rgba[:, 3].min() > 0.5:
-            raise ValueError(f"{path.name} has no transparent pixel, so it is a picture and not a cut-out; give an RGBA "
-                             f"PNG whose background is transparent.")
+            raise ValueError(f"{path.name} has no transparent pixel, so it is a picture and not a cut-out; give an "
+                             f"RGBA PNG whose background is transparent.")
         return _trim(rgba), "cut-out", f"the cut-out file {path.name}, in the light it was photographed in"
     words = words_of(insert)
     if not Path(model).name.startswith("mini"):
         return None, "cut-out", f"painted by {model} from the words '{words}'"
     kind, colour = _words(words)
-    return _drawn(kind, colour, seed, device), kind, f"drawn by the mini from '{words}', cut out by the judge (128 pixels)"
+    origin = f"drawn by the mini from '{words}' (128 pixels), cut out by the judge"
+    return _drawn(kind, colour, seed, device), kind, origin
 
 
 def words_of(insert) -> str:
@@ -135,8 +138,8 @@ def words_of(insert) -> str:
 def _words(words) -> tuple[str, str]:
     found = [[w for w in words.split() if w in known] for known in (scenes.KINDS, scenes.COLOURS)]
     if not all(found):
-        raise ValueError(f"INSERT='{words}' is neither a file nor words the mini knows; write a colour and a thing, such as "
-                         f"'red chair' (colours: {', '.join(scenes.COLOURS)}; things: {', '.join(scenes.KINDS)}).")
+        raise ValueError(f"INSERT='{words}' is neither a file nor words the mini knows; write a colour and a thing, "
+                         f"such as 'red chair' (colours: {', '.join(scenes.COLOURS)}; things: {', '.join(scenes.KINDS)}).")
     return found[0][0], found[1][0]
 
 
@@ -144,7 +147,7 @@ def _miniature_cutout():
     room = scenes.sample(EXAMPLE)
     alone = replace(room, things=()).insert(scenes.Thing("chair", "blue", x=0, z=0, turn=25), at=2.2)
     rgba = scenes.only(alone, 0, sun=scenes.other_sun(room.sun), size=256)
-    return _trim(rgba), "chair", "none given: a blue chair rendered by the Miniature, under another sun than the room's"
+    return _trim(rgba), "chair", "none given: a blue chair of the Miniature, rendered under another sun"
 
 
 def _drawn(kind, colour, seed, device, tries=8):
@@ -153,7 +156,8 @@ def _drawn(kind, colour, seed, device, tries=8):
     pipe, judge = models.load("mini", device, quiet=True), models.load_judge(device, quiet=True)
     generator = torch.Generator("cpu").manual_seed(seed)
     name = f"{colour} glass ball" if kind == "glass" else f"{colour} {kind}"
-    drawn = pipe([f"a {name}"] * tries, num_inference_steps=30, generator=generator, output_type="pt").images.float().cpu()
+    drawn = pipe([f"a {name}"] * tries, num_inference_steps=30, generator=generator, output_type="pt").images
+    drawn = drawn.float().cpu()
     maps = judge_maps(judge, drawn)
     mine = (maps["kind"] == scenes.KINDS.index(kind) + 1).float()
     right = mine * (maps["colour"] == scenes.COLOURS.index(colour) + 1)
@@ -163,8 +167,8 @@ def _drawn(kind, colour, seed, device, tries=8):
     best = int(score.argmax())
     alpha = _largest_piece(mine[best:best + 1])
     if score[best] < 60 or alpha.sum() < 60:
-        raise ValueError(f"The mini drew no whole {name} in {tries} tries; choose another SEED or other words, or give a "
-                         f"cut-out file.")
+        raise ValueError(f"The mini drew no whole {name} in {tries} tries; choose another SEED or other words, or "
+                         f"give a cut-out file.")
     big = F.interpolate(torch.cat([drawn[best:best + 1], alpha], 1), scale_factor=3, mode="bicubic").clamp(0, 1)
     alpha = ((F.avg_pool2d(big[:, 3:], 5, 1, 2) - 0.5) * 3 + 0.5).clamp(0, 1)  # a smooth outline, a pixel soft
     return _trim(torch.cat([big[:, :3], alpha], 1))
@@ -190,8 +194,9 @@ def _trim(rgba):
 
 @dataclass(frozen=True)
 class Floor:
-    """The floor's plane: inverse depth = a u + b v + c, with u, v in [0, 1] across and down the picture. (A plane in
-    space is a plane in inverse depth; that holds for metres and for MiDaS-like relative depth alike.)"""
+    """The floor's plane: inverse depth = a u + b v + c, with u, v in [0, 1] across and down the picture.
+
+    (A plane in space is a plane in inverse depth, for metres and for MiDaS-like relative depth alike.)"""
     a: float
     b: float
     c: float
@@ -205,12 +210,12 @@ class Floor:
 
 
 def inverse_depth(values, found: depth.DepthMap):
-    """Normalised depth (a number or tensor in [0, 1]) as inverse depth: 1 / metres, or 1 - value where no metres are."""
+    """Normalised depth (number or tensor) as inverse depth: 1 / metres, or 1 - value where no metres are."""
     return 1 / (found.near + values * (found.far - found.near)) if found.kind == "metric" else 1 - values
 
 
 def find_floor(found: depth.DepthMap, seed: int = 0, tries: int = 600) -> Floor | None:
-    """The lowest plane that rises away from the camera, by RANSAC on inverse depth. None when there is none."""
+    """The lowest plane that rises away from the camera, by RANSAC on inverse depth. None: there is none."""
     h, w = found.size
     rng = np.random.default_rng(seed)
     inverse = inverse_depth(found.values, found)[0, 0].double().numpy()
@@ -244,7 +249,7 @@ def find_floor(found: depth.DepthMap, seed: int = 0, tries: int = 600) -> Floor 
 
 
 def _floor_score(plane, points, q, scale) -> float:
-    """How much of the lower picture lies on it; 0 when it is no floor (too upright, tilted, or with things below)."""
+    """How much of the lower picture lies on it; 0 for no floor (too upright, tilted, things below it)."""
     a, b, _ = plane
     if b < 0.25 * scale or abs(a) > 0.5 * b:
         return 0.0
@@ -258,8 +263,9 @@ def _floor_score(plane, points, q, scale) -> float:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the object stands: (x, y) its foot and `height` its size, all as parts of the picture; at: its depth in
-    [0, 1]; metres: its depth (None without metres); notes: what was assumed."""
+    """Where the object stands: (x, y) its foot and `height` its size, all as parts of the picture.
+
+    at: its depth in [0, 1]; metres: the same (None without metres); notes: what was assumed."""
     x: float
     y: float
     height: float
@@ -272,9 +278,9 @@ class Place:
 def stand(photo: Photo, at, cutout, kind="cut-out", where="auto", height="auto") -> Place:
     """Put the object's foot on the floor at depth `at`, as large as it looks from there.
 
-    where   "auto" (a column where it is well seen, partly behind something if possible), "0.4" (that column), or
-            "0.4,0.8" (foot exactly there: on a table, say)
-    height  "auto" (METRES's metres for its kind), "0.9m" (its real height), or "0.3" (part of the picture's height)
+    where   "auto" (a column where it is well seen, partly behind something if possible), "0.4" (that
+            column), or "0.4,0.8" (foot exactly there: on a table, say)
+    height  "auto" (METRES for its kind), "0.9m" (its real height), or "0.3" (part of the picture's height)
     """
     found, notes = photo.depth, []
     d = found.at(at)
@@ -290,7 +296,7 @@ def stand(photo: Photo, at, cutout, kind="cut-out", where="auto", height="auto")
     if y > 1:
         notes.append("the floor at this depth is below the picture's edge, so the object's foot is cut off")
     if not 0 < y - 0.5 * size < 1:
-        raise ValueError(f"At AT={at} the object would stand outside the picture; choose another AT, or say WHERE='x,y'.")
+        raise ValueError(f"At AT={at} the object would stand outside the picture; choose another AT, or WHERE='x,y'.")
     return Place(x, y, size, d, metres, floor, tuple(notes))
 
 
@@ -303,8 +309,8 @@ def _where(where):
         if len(numbers) not in (1, 2) or not all(0 <= n <= 1 for n in numbers):
             raise ValueError
     except ValueError:
-        raise ValueError(f"WHERE='{where}' is not a place; write 'auto', a column such as '0.4', or a foot such as "
-                         f"'0.4,0.8', each from 0 to 1.") from None
+        raise ValueError(f"WHERE='{where}' is not a place; write 'auto', a column such as '0.4', or a foot such "
+                         f"as '0.4,0.8', each from 0 to 1.") from None
     return numbers[0], numbers[1] if len(numbers) == 2 else None
 
 
@@ -319,11 +325,11 @@ def _height(photo, d, metres, height, kind, notes) -> float:
         notes.append(f"its real height is taken as {text}; say HEIGHT for another")
     number, real = depth._parse_at(text)
     if number <= 0 or (not real and number > 2):
-        raise ValueError(f"HEIGHT={height} is no height; write metres such as 0.9m, or a part of the picture such as 0.3.")
+        raise ValueError(f"HEIGHT={height} is no height; write metres (0.9m), or a part of the picture (0.3).")
     if not real:
         return number
     if metres is None:
-        raise ValueError(f"HEIGHT={height} needs metric depth; this map is {photo.depth.kind}: give a part such as 0.3.")
+        raise ValueError(f"HEIGHT={height} needs metric depth; this is {photo.depth.kind}: give a part such as 0.3.")
     return photo.focal * ratio * number / metres
 
 
@@ -337,7 +343,7 @@ def _foot_of(floor, found, d, notes):
 
 
 def _best_column(photo, d, foot, height, cutout, floor) -> float:
-    """The column where the object stands on floor, runs into nothing, and is seen mostly but not always wholly."""
+    """The column where the object stands on floor, runs into nothing, and is mostly but not wholly seen."""
     side = 192 / max(photo.depth.size)
     found = photo.depth.resize([max(8, round(s * side)) for s in photo.depth.size])
     h, w = found.size
@@ -349,12 +355,13 @@ def _best_column(photo, d, foot, height, cutout, floor) -> float:
         if not 0.1 < y <= 1.02:
             continue
         try:
-            alpha = featglac.place(cutout, (h, w), x, y, height)[0, 3] if cutout is not None else _box(h, w, x, y, height)
+            box = cutout is None
+            alpha = _box(h, w, x, y, height) if box else featglac.place(cutout, (h, w), x, y, height)[0, 3]
         except ValueError:
             continue
         total = alpha.sum().clamp_min(1e-6)
         inside = float(alpha.sum() / max(1.0, height * h * height * h * _aspect(cutout)))
-        upper = alpha * (torch.arange(h)[:, None] < (y - 0.6 * height) * h)  # a hidden head looks odder than hidden feet
+        upper = alpha * (torch.arange(h)[:, None] < (y - 0.6 * height) * h)  # a hidden head looks odd
         seen = [float((a * (1 - hides)).sum() / a.sum().clamp_min(1e-6)) for a in (alpha, upper)]
         seen, clash = 0.6 * seen[0] + 0.4 * seen[1], float((alpha * solid).sum() / total)
         row, column = min(h - 1, int(y * h)), min(w - 1, int(x * w))
@@ -402,7 +409,7 @@ def _hides(found, d, floor) -> torch.Tensor:
 def occluder(photo: Photo, place: Place, soft=2.0) -> torch.Tensor:
     """fg_mask (1, 1, h, w) of what stands in front of the object, with edges from the picture's colours.
 
-    Not the whole foreground layer: the near floor is nearer than `at` too, but hides nothing that stands on it.
+    Not the whole foreground layer: the near floor is nearer too, but hides nothing that stands on it.
     """
     hard = _hides(photo.depth, place.at, place.floor)
     kernel = max(3, round(min(hard.shape[-2:]) / 240) * 2 + 1)
@@ -426,7 +433,9 @@ def _median(mask, kernel):
 @dataclass(frozen=True)
 class Shot:
     """One edit. Pictures (1, 3, H, W) at full size: paste2d, paste, result (None before the model ran).
-    object_layer (1, 4, H, W); hidden_by (1, 1, H, W); cut: DeGLaD layers at work size; facts: for the report."""
+
+    object_layer (1, 4, H, W); hidden_by (1, 1, H, W); cut: DeGLaD layers at work size; facts: of the
+    report."""
     photo: Photo
     place: Place
     cut: deglad.Layers
@@ -439,7 +448,7 @@ class Shot:
 
 
 def composites(photo: Photo, place: Place, cutout, origin="", fill="telea") -> Shot:
-    """DeGLaD layers, and the two plain composites: 2-D (over everything) and depth-aware (behind what is nearer)."""
+    """DeGLaD layers, and two plain composites: 2-D (over everything), depth-aware (behind what is nearer)."""
     size = tuple(photo.image.shape[-2:])
     cut = deglad.split(photo.small, photo.depth, place.at, soft=1.5, fill=fill)
     hidden_by = occluder(photo, place)
@@ -478,7 +487,7 @@ def default_output() -> Path:
 
 
 def painter(run, needed: bool):
-    """The inpainting sibling of the model ("mini-inpaint", "sd15-inpaint") where the job needs one and it exists."""
+    """The model's inpainting sibling ("mini-inpaint", "sd15-inpaint") where it is needed and exists."""
     name = f"{run.model}-inpaint"
     return models.load(name, run.device, run.dtype) if needed and name in models.REGISTRY else None
 
@@ -499,27 +508,30 @@ def with_model(shot: Shot, pipe, prompt="", mechanism="inject", generator=None, 
     """Edit at the model's size in a window, and bring only the change back to the full picture.
 
     pipe: a Stable-Diffusion-shaped pipeline; settings: fields of featglac.Settings (steps, noise_level, ...).
+    Unlike there, decode is "relight" unless you say otherwise: a photograph has more detail than a model of
+    128 pixels can give back, and a factor keeps it.
     """
+    settings = {"decode": "relight"} | settings
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
     top, left, side = window(shot, size)
     box = (..., slice(top, top + side), slice(left, left + side))
     to_model = lambda x: _resize(x[box], (size, size))  # noqa: E731
     painted = shot.facts["object"]["painted"]
-    premultiplied = to_model(torch.cat([shot.object_layer[:, :3] * shot.object_layer[:, 3:], shot.object_layer[:, 3:]], 1))
+    colour, alpha = shot.object_layer.split([3, 1], 1)
+    premultiplied = to_model(torch.cat([colour * alpha, alpha], 1))
     alpha = premultiplied[:, 3:].clamp(0, 1)
     layer = torch.cat([(premultiplied[:, :3] / alpha.clamp_min(1e-4)).clamp(0, 1) * (alpha > 0), alpha], 1)
     background, hidden_by = to_model(shot.photo.image).clamp(0, 1), to_model(shot.hidden_by).clamp(0, 1)
     device = pipe.unet.device
     options = dict(generator=generator, inpaint_pipe=inpaint_pipe, **settings)
     if painted:
-        layer = featglac._object_from_prompt(pipe, background.to(device), hidden_by.to(device), alpha.to(device), prompt,
-                                             options)[0].cpu()
-    edit = featglac.compose_layers(pipe, background.to(device), layer.to(device), hidden_by.to(device), prompt, mechanism,
-                                   **options)
-    change = (edit.image - edit.composite).float().cpu()
+        layer = featglac._object_from_prompt(pipe, background.to(device), hidden_by.to(device), alpha.to(device),
+                                             prompt, options)[0].cpu()
+    edit = featglac.compose_layers(pipe, background.to(device), layer.to(device), hidden_by.to(device), prompt,
+                                   mechanism, **options)
     start = _paint_in(shot, layer, box) if painted else shot.paste
-    return replace(shot, paste=start, result=_bring_back(start, change, edit, shot, box),
-                   facts=shot.facts | {"model": _model_facts(edit, pipe, size, (top, left, side), change)})
+    return replace(shot, paste=start, result=_bring_back(start, edit, shot, box),
+                   facts=shot.facts | {"model": _model_facts(edit, pipe, size, (top, left, side))})
 
 
 def _paint_in(shot, layer, box):
@@ -532,15 +544,23 @@ def _paint_in(shot, layer, box):
     return out
 
 
-def _bring_back(start, change, edit, shot, box) -> torch.Tensor:
-    """start + the enlarged change, inside the ring, not on what stands in front of the object."""
+def _bring_back(start, edit, shot, box) -> torch.Tensor:
+    """start with the enlarged change, inside the ring, not on what stands in front of the object.
+
+    With decode="relight" the change is a factor (light multiplies, so the photograph keeps its texture under
+    a shadow); else it is a difference.
+    """
     side = shot.photo.image[box].shape[-2:]
+    after, before = edit.image.float().cpu(), edit.composite.float().cpu()
+    relit = edit.settings.get("decode") == "relight"
+    change = ((after + 0.02) / (before + 0.02)).log() if relit else after - before
     big = F.interpolate(change, side, mode="bicubic", align_corners=False)
     ring = F.interpolate(edit.layers["ring"].float().cpu(), side, mode="bilinear", align_corners=False)
     in_front = shot.hidden_by[box] * (F.max_pool2d(shot.object_layer[box][:, 3:], 3, 1, 1) > 0)
     weight = ring * (1 - in_front) * _fade(shot.photo.image, box)
+    moved = start[box] * (weight * big).exp() if relit else start[box] + weight * big
     out = start.clone()
-    out[box] = torch.where(weight > 0, (start[box] + weight * big).clamp(0, 1), start[box])
+    out[box] = torch.where(weight > 0, moved.clamp(0, 1), start[box])
     return out
 
 
@@ -560,7 +580,8 @@ def _resize(x, size):
     return F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
 
 
-def _model_facts(edit, pipe, size, where, change) -> dict:
+def _model_facts(edit, pipe, size, where) -> dict:
+    change = edit.image - edit.composite
     return {"mechanism": edit.mechanism, "from": getattr(pipe, "loaded_from", "a pipeline in memory"),
             "window": {"top": where[0], "left": where[1], "side": where[2]}, "model_size": size,
             "unet_passes": edit.passes, "seconds": round(edit.seconds, 2),
@@ -572,7 +593,7 @@ def _model_facts(edit, pipe, size, where, change) -> dict:
 
 @contextlib.contextmanager
 def whole_folder(output):
-    """A folder to write into; it gets its name only when everything in it is written. An error leaves nothing."""
+    """A folder to write into; it gets its name when everything in it is written. An error leaves nothing."""
     output = Path(output)
     _check_output(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -598,7 +619,8 @@ def _check_output(output: Path):
 
 
 def save(shot: Shot, output, settings: dict | None = None) -> Path:
-    """Write composites, layers, depth, statistics and report (report.md, report.html) into `output`, whole or not."""
+    """Write composites, layers, depth, statistics, report.md and report.html into `output`, all or
+    nothing."""
     with whole_folder(output) as folder:
         (folder / "layers").mkdir()
         show.save_image(shot.paste2d, folder / "paste_2d.png")
@@ -660,22 +682,24 @@ def report_text(shot: Shot, facts: dict) -> str:
     """The report in Markdown: what came from what, the numbers, and the limits."""
     stats, place, model = shot.photo.depth.statistics(), facts["place"], facts.get("model")
     at = f"{facts['at']['value_01']:.2f}" + (f" ({facts['at']['metres']:.2f} m)" if facts["at"]["metres"] else "")
+    origin, found = facts["origin"], "found" if place["floor_found"] else "not found"
     span = f"{stats['near_m']:.2f} m to {stats['far_m']:.2f} m" if "near_m" in stats else "no metres"
     lines = [f"# Edit of {facts['picture']['name']} at depth {at}", "",
-             f"![overview](overview.png)", "", "## What came from what", "", "| part | from |", "|---|---|",
-             f"| picture | {facts['origin']['photograph']}, {facts['picture']['width']} x {facts['picture']['height']} |",
-             f"| depth | {facts['origin']['depth']} |",
+             "![overview](overview.png)", "", "## What came from what", "", "| part | from |", "|---|---|",
+             f"| picture | {origin['photograph']}, {facts['picture']['width']} x {facts['picture']['height']} |",
+             f"| depth | {origin['depth']} |",
              f"| object | {facts['object']['from']} |",
-             f"| its place and size | the floor's plane in the depth map {'(found)' if place['floor_found'] else '(not found)'}; "
-             f"focal length {facts['origin']['focal length']} |",
+             f"| its place and size | the floor's plane in the depth map, {found}; focal length "
+             f"{origin['focal length']} |",
              "| 2-D paste, depth-aware paste | computed from these; no model |",
              f"| FeatGLaC | {_model_words(model)} |", "",
              "## Numbers", "", "| | |", "|---|---|",
              f"| depth | {stats['kind']}, {span}, {100 * stats['measured_share']:.1f} % of the pixels measured |",
              f"| nearer than AT | {100 * facts['layers']['fg_share']:.1f} % of the picture |",
-             f"| object | {facts['object']['height_px']} pixels high, foot at ({place['x']:.2f}, {place['y']:.2f}), "
-             f"{100 * facts['object']['visible_share']:.0f} % of it visible |",
-             f"| untouched | {100 * facts['untouched_share']:.1f} % of the pixels are the photograph's own, bit for bit |"]
+             f"| object | {facts['object']['height_px']} pixels high, foot at ({place['x']:.2f}, "
+             f"{place['y']:.2f}), {100 * facts['object']['visible_share']:.0f} % of it visible |",
+             f"| untouched | {100 * facts['untouched_share']:.1f} % of the pixels are the photograph's own, bit "
+             f"for bit |"]
     if model:
         lines += [f"| model | window of {model['window']['side']} pixels worked on at {model['model_size']}, "
                   f"{model['unet_passes']} U-Net passes, {model['seconds']} s |"]
@@ -688,14 +712,16 @@ def _model_words(model) -> str:
         return "not run"
     own = "mini" in Path(str(model["from"]).split(" ")[0]).name
     taught = ", trained on the Miniature only: it has never seen a photograph" if own else ""
-    return f"{model['mechanism']} with the model from {Path(str(model['from'])).name}{taught}; only its *change* was added"
+    name = Path(str(model["from"])).name
+    return f"{model['mechanism']} with the model from {name}{taught}; only its *change* was added"
 
 
 def _limits(shot, model) -> list[str]:
     out = ["the filled background is a guess from its surroundings; nobody photographed what is behind"]
     if model and "mini" in str(model["from"]):
-        out.append("the mini's shading and shadow are learnt from rendered rooms: on photographs read them as a hint, and "
-                   "judge the method by the benchmark on unseen Miniature scenes; MODEL=\"sd15\" uses a large model")
+        out.append("the mini's shading and shadow are learnt from rendered rooms: on photographs read them as a "
+                   "hint, and judge the method by the benchmark on unseen Miniature scenes; MODEL=\"sd15\" uses a "
+                   "large model")
     if shot.photo.depth.valid.mean() < 1:
         out.append("where the sensor measured nothing, the nearest measurement stands in: edges there may be wrong")
     out.append("the object is flat: it stands at one depth, and turns neither to the camera nor to the light")

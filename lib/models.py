@@ -1,8 +1,9 @@
 """The registry of models: one logical name, several places where it may lie (lesson 00).
 
-`load("mini")` and `load("sd15")` give the same kind of object, a diffusers Stable Diffusion pipeline, so that one
-parameter swaps the model and no other line changes. Weights on the web vanish (`runwayml/stable-diffusion-v1-5` did
-in 2024), so each name has candidates; a folder on this machine always comes first:
+`load("mini")` and `load("sd15")` give the same kind of object, a diffusers Stable Diffusion pipeline, so that
+one parameter swaps the model and no other line changes. Weights on the web vanish
+(`runwayml/stable-diffusion-v1-5` did in 2024), so each name has candidates; a folder on this machine always
+comes first:
 
     1. the name itself, when it is a folder
     2. $LAYERS_MODELS/<name>, $LAYERS_MODELS/<owner>/<repo>, $LAYERS_MODELS/<repo>
@@ -40,7 +41,8 @@ class Spec:
     """What is known of a model before it is here.
 
     kind        "pipeline", "depth", "judge" or "vae"
-    candidates  hub repositories, in the order they are tried: (owner/repo, revision or None where none is known)
+    candidates  hub repositories, in the order they are tried: (owner/repo, revision or None where none is
+                known)
     files       what is needed of a repository (patterns of snapshot_download)
     size        bytes to fetch; None: it ships with the course
     size_from   where that number comes from
@@ -93,11 +95,12 @@ DEPTH_ALIASES = {"mini": "mini-depth"}
 def load(name: str = "mini", device="cpu", dtype=None, quiet: bool = False):
     """A Stable Diffusion pipeline (or inpainting pipeline), ready for this course's functions.
 
-    name    a pipeline of the REGISTRY ("mini", "mini-inpaint", "sd15", "sd15-inpaint"), or a local pipeline folder
+    name    a pipeline of the REGISTRY ("mini", "mini-inpaint", "sd15", "sd15-inpaint"), or a local pipeline
+            folder
     dtype   of all weights; None: float32
 
-    Comes with a DDIM scheduler, no safety checker, frozen weights, eval mode and no progress bar. `.loaded_from` says
-    which place was used. Unknown name: ValueError. Nowhere to be had: ModelUnavailable.
+    Comes with a DDIM scheduler, no safety checker, frozen weights, eval mode and no progress bar.
+    `.loaded_from` says which place was used. Unknown name: ValueError. Nowhere to be had: ModelUnavailable.
     """
     folder, used = find(name, "pipeline")
     pipe = _pipeline(folder)
@@ -128,7 +131,8 @@ def load_judge(device="cpu", name: str = "judge", quiet: bool = False):
 
 
 def load_vae(name: str = "taesd", device="cpu", dtype=None, quiet: bool = False):
-    """A tiny autoencoder of Stable Diffusion's latents (`AutoencoderTiny`): good for previews, not for inversion."""
+    """A tiny autoencoder of Stable Diffusion's latents (`AutoencoderTiny`): good for previews, not for
+    inversion."""
     from diffusers import AutoencoderTiny
     folder, used = find(name, "vae")
     vae = AutoencoderTiny.from_pretrained(folder, use_safetensors=True).to(device, dtype or torch.float32)
@@ -138,7 +142,8 @@ def load_vae(name: str = "taesd", device="cpu", dtype=None, quiet: bool = False)
 
 
 def catalogue() -> list[dict]:
-    """One row per model: name, kind, licence, megabytes to fetch, where it is (None: it would have to be fetched)."""
+    """One row per model: name, kind, licence, megabytes to fetch, where it is (None: it would have to be
+    fetched)."""
     rows = []
     for name, spec in REGISTRY.items():
         here = next((f for f in _folders(name, spec) if _complete(f, spec)), None)
@@ -259,7 +264,8 @@ def _no_bars():
 
 
 def _cast(pipe, device, dtype):
-    """pipe.to, without diffusers' warning on every cast (it comes also when no module has to stay in float32)."""
+    """pipe.to, without diffusers' warning on every cast (it comes also when no module has to stay in
+    float32)."""
     from diffusers.utils import logging
     level = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -292,8 +298,9 @@ def _pipeline(folder: Path):
 def _check_text_encoder(folder: Path, encoder):
     """Put every stored tensor where it belongs, whatever version wrote the file.
 
-    transformers >= 5.6 names keys without the prefix `text_model.`; older ones, given such a file, start with random
-    weights and raise nothing. So we compare by name without the prefix, and refuse a file that does not fill it.
+    transformers >= 5.6 names keys without the prefix `text_model.`; older ones, given such a file, start with
+    random weights and raise nothing. So we compare by name without the prefix, and refuse a file that does
+    not fill it.
     """
     from safetensors.torch import load_file
     stored = {}

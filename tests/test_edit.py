@@ -1,4 +1,5 @@
-"""The main job on real photographs: layers, composites and report, whole or not at all; one clear error for bad input."""
+"""The main job on real photographs: layers, composites and report, whole or not at all; one clear error for
+bad input."""
 import json
 import os
 from pathlib import Path
@@ -33,7 +34,8 @@ def tiny(tmp_path_factory, tiny_pipe):
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory):
-    """Files of a made-up photograph: a floor, a back wall, a post in front; millimetres with a hole; a cut-out."""
+    """Files of a made-up photograph: a floor, a back wall, a post in front; millimetres with a hole; a
+    cut-out."""
     folder = tmp_path_factory.mktemp("room")
     h, w = 150, 200
     v, u = np.mgrid[0:h, 0:w] / [[[h]], [[w]]]
@@ -100,7 +102,8 @@ def test_the_notebook_runs_on_a_real_photograph(tiny, tmp_path):
 @pytest.mark.parametrize("name", PHOTOS)
 @pytest.mark.parametrize("toy", ["husky", "sloth"])
 def test_depth_aware_paste_on_every_photograph(name, toy):
-    """The object stands on the floor, is hidden only by what is measurably nearer, and hides only what is farther."""
+    """The object stands on the floor, is hidden only by what is measurably nearer, and hides only what is
+    farther."""
     photo = edit.read_photo(real("rgbd", f"{name}.jpg"), real("rgbd", f"{name}_depth_mm.png"))
     cutout, kind, origin = edit.read_cutout(real("objects", f"{toy}.png"))
     place = edit.stand(photo, PHOTOS[name], cutout, kind)
@@ -222,7 +225,8 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["diary.txt"]
 
 
-# ------------------------------------------------------------------ bad input: one clear error, nothing written
+# ------------------------------------------------------------------ bad input: one clear error, nothing
+# written
 
 def bad_files(room, folder):
     (folder / "broken.jpg").write_bytes((room / "room.png").read_bytes()[:400])

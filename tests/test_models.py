@@ -1,4 +1,5 @@
-"""The registry finds a model where it lies, says so, and is clear when it cannot; SD 1.5's real shapes fit."""
+"""The registry finds a model where it lies, says so, and is clear when it cannot; SD 1.5's real shapes
+fit."""
 import json
 import os
 import shutil
