@@ -118,13 +118,13 @@ def edit_strip(pipe, steps=50, seed=0, size=128):
     room, whole, _, cutout = example(size)
     world = scenes.render([room, whole], size=size)
     room_depth = depth.from_metric(world.depth[:1], near=scenes.NEAR, far=scenes.FAR)
-    images = [world.rgb[:1]]
+    images = [world.rgb[:1], cutout]
     for mechanism in ("paste2d", "alpha", "inject"):
         edit = featglac.insert_object(pipe, world.rgb[:1], room_depth, cutout, whole.caption(), mechanism=mechanism,
                                       at=f"{EXAMPLE['AT']}m", steps=steps,
                                       generator=torch.Generator("cpu").manual_seed(seed))
         images.append(edit.image.float().cpu())
-    labels = ["the room", "2-D paste", "depth-aware paste", "FeatGLaC (inject)", "the truth"]
+    labels = ["the room", "a chair cut out elsewhere", "2-D paste", "depth-aware paste", "FeatGLaC (inject)", "the truth"]
     return images + [world.rgb[1:]], labels
 
 
@@ -135,4 +135,4 @@ def make_figures(folder):
     r = scenes.render(example()[1])
     values = depth.from_metric(r.depth, near=scenes.NEAR, far=scenes.FAR)
     paths = [show.sheet(*threshold_strip(r.rgb, values), folder / "00_threshold_strip.png", columns=3)]
-    return paths + [show.sheet(*edit_strip(models.load("mini", quiet=True)), folder / "00_edit.png", columns=5)]
+    return paths + [show.sheet(*edit_strip(models.load("mini", quiet=True)), folder / "00_edit.png", columns=3)]
