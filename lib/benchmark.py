@@ -79,11 +79,11 @@ class Case:
     thing: tuple | None = None
 
 
-def case(task, seed):
-    """The case of a task and a test seed; always the same one."""
+def case(task, seed, size=scenes.SIZE):
+    """The case of a task and a test seed, always the same one, in pictures of `size` pixels a side."""
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
-    return _insertion(seed) if task == "insertion" else _compositing(seed)
+    return _insertion(seed, size) if task == "insertion" else _compositing(seed, size)
 
 
 def insertion_zones(truth, without, visible):
@@ -115,11 +115,11 @@ def _zones(**zones):
     return {k: v.float() for k, v in zones.items()}
 
 
-def _insertion(seed):
+def _insertion(seed, size):
     found = scenes.insertion_case(seed)
     scene, i = found["scene"], found["index"]
-    r = scenes.render([scene, found["background"]])
-    cutout = scenes.only(scene, i, sun=found["sun"])
+    r = scenes.render([scene, found["background"]], size=size)
+    cutout = scenes.only(scene, i, sun=found["sun"], size=size)
     truth, without, z = r.rgb[:1], r.rgb[1:], r.depth[1:]
     visible = r.ids[:1] == i
     hidden = (cutout[:, 3:] > 0.5) & ~visible & (r.ids[:1] >= 0)
@@ -134,11 +134,11 @@ def _insertion(seed):
                 order=_order(visible, hidden, kind, r.kind[:1]), thing=(kind, colour))
 
 
-def _compositing(seed):
+def _compositing(seed, size):
     a, b, at = scenes.composite_case(seed)
-    r = scenes.render([a, replace(b, camera=a.camera)])
-    whole = scenes.composite_truth(a, b, at)
-    without = scenes.composite_truth(replace(a, things=()), b, at).rgb
+    r = scenes.render([a, replace(b, camera=a.camera)], size=size)
+    whole = scenes.composite_truth(a, b, at, size=size)
+    without = scenes.composite_truth(replace(a, things=()), b, at, size=size).rgb
     front, things = whole.depth < at, (whole.ids >= 0) & (whole.ids < len(a.things))
     same = (r.depth[1:] - whole.depth).abs() < 0.02
     near = (r.depth[:1] < at).float()
@@ -247,27 +247,25 @@ class Settings:
 class Models:
     """Pipeline, inpainting pipeline and judge, loaded when first asked for; any of them can be given."""
 
-    def __init__(self, settings, pipe=None, inpaint=None, judge=None, device=None):
-        self.settings, self._pipe, self._inpaint, self._judge = settings, pipe, inpaint, judge
-        self._device = device
-
-    @property
-    def device(self):
-        return self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, settings, pipe=None, inpaint=None, judge=None, device="cpu", dtype=None):
+        self.settings, self.device, self.dtype = settings, device, dtype
+        self._pipe, self._inpaint, self._judge = pipe, inpaint, judge
 
     @property
     def pipe(self):
         if self._pipe is None:
-            from lib import models
-            self._pipe = models.load(self.settings.model, device=self.device)
+            self._pipe = self._load(self.settings.model)
         return self._pipe
 
     @property
     def inpaint(self):
         if self._inpaint is None:
-            from lib import models
-            self._inpaint = models.load(f"{self.settings.model}-inpaint", device=self.device)
+            self._inpaint = self._load(f"{self.settings.model}-inpaint")
         return self._inpaint
+
+    def _load(self, name):
+        from lib import models
+        return models.load(name, device=self.device, dtype=self.dtype)
 
     @property
     def judge(self):
@@ -275,6 +273,20 @@ class Models:
             from lib import models
             self._judge = models.load_judge("cpu")
         return self._judge
+
+    @property
+    def size(self):
+        """Side of the pictures that the pipeline makes: edits are made at this size, scored at
+        scenes.SIZE."""
+        return self.pipe.unet.config.sample_size * latents.factor(self.pipe)
+
+
+def shrink(image):
+    """To the size at which everything is scored, by area averages."""
+    image = image.detach().float().cpu()
+    if image.shape[-1] == scenes.SIZE:
+        return image
+    return torch.nn.functional.interpolate(image, (scenes.SIZE, scenes.SIZE), mode="area")
 
 
 def edit_case(models, c, mechanism):
@@ -301,7 +313,6 @@ def edit_case(models, c, mechanism):
 
 def scores(judge, image, c):
     """All scores of one picture against a case's truth: dict by the names in SCORES."""
-    image = image.float().cpu()
     out = {f"rmse_{z}": float(metrics.rmse(image, c.truth, m)) if m.sum() >= LEAST else float("nan")
            for z, m in c.zones.items()}
     out["psnr"], out["ssim"] = float(metrics.psnr(image, c.truth)), float(metrics.ssim(image, c.truth))
@@ -311,7 +322,7 @@ def scores(judge, image, c):
 
 def judged(judge, image, c):
     """(occlusion order, object present) of a picture by the judge: 1.0, 0.0 or NaN."""
-    maps = metrics.judge_maps(judge, image.float().cpu())
+    maps = metrics.judge_maps(judge, image)
     order = metrics.occlusion_order(maps, *c.order) if c.order else float("nan")
     present = float(metrics.object_present(maps["kind"], maps["colour"],
                                            *c.thing)) if c.thing else float("nan")
@@ -325,33 +336,35 @@ def bounds(pipe, c):
     device = pipe.vae.device
     true, pasted = (latents.decode(pipe, latents.encode(pipe, x.to(device)), clamp=False).cpu()
                     for x in (c.truth, c.paste))
-    return {"vae": true.clamp(0, 1), "vae-residual": (c.paste + true - pasted).clamp(0, 1)}
+    return {"vae": shrink(true.clamp(0, 1)), "vae-residual": shrink((c.paste + true - pasted).clamp(0, 1))}
 
 
 def run_case(models, task, seed, edit=edit_case):
     """All mechanisms on one case. Returns (rows, pictures): a dict per mechanism, and pictures by name."""
-    c = case(task, seed)
-    judge = models.judge
+    c, judge = case(task, seed), models.judge
+    full = c if models.size == scenes.SIZE else case(task, seed, models.size)
     order_truth, present_truth = judged(judge, c.truth, c)
     shared = dict(task=task, seed=seed, order_truth=order_truth, present_truth=present_truth,
                   **{f"pixels_{z}": int(m.sum()) for z, m in c.zones.items()})
     shown = {"background": c.background, "object" if task == "insertion" else "scene A": _shown(c)}
     rows = []
-    for name, image in bounds(models.pipe, c).items():
+    floors = bounds(models.pipe, full)
+    for name, image in floors.items():
         rows.append(dict(shared, mechanism=name, **scores(judge, image, c)))
     floor = {f"floor_{z}": rows[0][f"rmse_{z}"] for z in ZONES}
     rows.append(dict(shared, mechanism="plain-cfg", **_plain(models, c)))
     for mechanism in models.settings.mechanisms:
         with Peak() as peak:
-            done, before, after = edit(models, c, mechanism)
+            done, before, after = edit(models, full, mechanism)
+        before, after = shrink(before), shrink(after)
         order, present = judged(judge, after, c)
         rows.append(dict(shared, mechanism=mechanism, **scores(judge, after, c),
                          **{f"{k}_before": v for k, v in scores(judge, before, c).items()},
                          order=order, present=present, **floor, passes=int(done.passes),
                          seconds=float(done.seconds),
                          peak_mb=peak.mb))
-        shown[mechanism] = after.float().cpu()
-    shown["truth, VAE"] = latents.round_trip(models.pipe, c.truth.to(models.pipe.vae.device)).cpu()
+        shown[mechanism] = after
+    shown["truth, VAE"] = floors["vae"]
     shown["truth"] = c.truth
     return rows, shown
 
@@ -576,8 +589,8 @@ def markdown(summary):
 _TITLES = {"insertion": "Object insertion behind an occluder", "compositing": "Scene compositing at a depth"}
 NOTE = ("RMSE against the true picture in the truth's zones, mean over scenes (lower is better). Scores are "
         "after putting untouched pixels back; where there is an arrow, before -> after. order, present: share of "
-        "scenes in which the judge sees the object behind what hides it (where that is defined), and sees it at all; "
-        "its own score on true pictures is in the last row. A backward pass counts 2.")
+        "scenes in which the judge sees the object behind what hides it (where that is defined), and sees it at "
+        "all; its own score on true pictures is in the last row. A backward pass counts 2.")
 
 
 def _revive(x):
@@ -967,10 +980,11 @@ def _parser():
 
 
 def main(words=None):
+    from lib.models import ModelUnavailable
     args = _parser().parse_args(words)
     try:
         return _main(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ModelUnavailable) as error:
         raise SystemExit(f"error: {error}") from None
 
 
@@ -983,12 +997,12 @@ def _main(args):
     elif args.what == "gpu":
         store_gpu(gpu(steps=args.steps or 50), args.out)
     else:
-        setup.configure(args.model if args.model in ("mini",) else "mini")  # sets torch's threads
+        chosen = setup.configure(args.model, args.seed, args.smoke)
         settings = Settings(model=args.model, scenes=2 if args.smoke else args.scenes, smoke=args.smoke,
                             seed=args.seed,
                             steps=args.steps or (4 if args.smoke else 50), tasks=tuple(args.tasks),
                             mechanisms=tuple(args.mechanisms or BASELINES + MECHANISMS))
-        run(settings, out=args.out)
+        run(settings, Models(settings, device=chosen.device, dtype=chosen.dtype), args.out)
     return 0
 
 

@@ -200,6 +200,19 @@ def test_every_mechanism_of_featglac_runs_on_both_tasks(parts):
         assert list(pictures)[-1] == "truth" and len(pictures) == 12
 
 
+def test_a_larger_pipeline_edits_large_and_is_scored_at_one_size(parts, monkeypatch):
+    monkeypatch.setattr(benchmark.Models, "size", 256)
+    monkeypatch.setattr(benchmark, "case", remembered.__wrapped__)
+    s, seen = settings(mechanisms=("alpha",)), []
+
+    def edit(models, c, mechanism):
+        seen.append(c.truth.shape[-1])
+        return SimpleNamespace(passes=0, seconds=0.01), c.truth, c.truth
+    rows, pictures = benchmark.run_case(benchmark.Models(s, **parts), "insertion", scenes.seeds("test", 1)[0], edit)
+    assert seen == [256] and pictures["alpha"].shape[-1] == scenes.SIZE
+    assert rows[-1]["mechanism"] == "alpha" and rows[-1]["psnr"] > 25 and rows[0]["mechanism"] == "vae"
+
+
 def test_alpha_pastes_what_the_case_pastes(parts):
     s = settings()
     models = benchmark.Models(s, **parts)
