@@ -722,6 +722,9 @@ def _limits(shot, model) -> list[str]:
         out.append("the mini's shading and shadow are learnt from rendered rooms: on photographs read them as a "
                    "hint, and judge the method by the benchmark on unseen Miniature scenes; MODEL=\"sd15\" uses a "
                    "large model")
+    if shot.facts["object"]["visible_share"] > 0.99:
+        out.append("nothing nearer was found in front of the object; if something should hide it, this depth map "
+                   "does not show it: give a DEPTH, a larger DEPTH_MODEL, or another WHERE")
     if shot.photo.depth.valid.mean() < 1:
         out.append("where the sensor measured nothing, the nearest measurement stands in: edges there may be wrong")
     out.append("the object is flat: it stands at one depth, and turns neither to the camera nor to the light")
