@@ -527,7 +527,9 @@ def summarise(rows, settings):
                                       differences=_differences(by, settings),
                                       zone_scenes={z: sum(r[f"pixels_{z}"] >= LEAST
                                                           for r in by[names[0]].values())
-                                                   for z in ZONES})
+                                                   for z in ZONES},
+                                      order_scenes=sum(not math.isnan(r["order_truth"])
+                                                       for r in by[names[0]].values()))
     summary["cost"] = _cost(rows, settings)
     return summary
 
@@ -538,7 +540,7 @@ def _differences(by, settings):
     for m in (m for m in settings.mechanisms if m in MECHANISMS):
         out[m] = {}
         for b in settings.mechanisms:
-            if b == m:
+            if b == m or b in out:  # inject - guide once, not guide - inject too
                 continue
             seeds = sorted(by[m])
             out[m][b] = {k: metrics.paired_bootstrap([by[m][s][k] for s in seeds],
@@ -588,9 +590,11 @@ def markdown(summary):
 
 _TITLES = {"insertion": "Object insertion behind an occluder", "compositing": "Scene compositing at a depth"}
 NOTE = ("RMSE against the true picture in the truth's zones, mean over scenes (lower is better). Scores are "
-        "after putting untouched pixels back; where there is an arrow, before -> after. order, present: share of "
-        "scenes in which the judge sees the object behind what hides it (where that is defined), and sees it at "
-        "all; its own score on true pictures is in the last row. A backward pass counts 2.")
+        "after putting untouched pixels back; where there is an arrow, before -> after. order, present: "
+        "share of scenes in which the judge sees the object behind what hides it (of those where something "
+        "does), and sees it at all; its own score on true pictures is in the last row. A backward pass "
+        "counts 2. outside holds light that the truth changes by less than 0.03, so no paste reaches 0 "
+        "there.")
 
 
 def _revive(x):
@@ -605,8 +609,7 @@ def _score_table(t, s):
     m = t["means"]
     more = [z for z in ("floor", "hole") if t["zone_scenes"][z]]
     head = ["mechanism", "shadow", "shading", *more, "outside", "PSNR", "SSIM", "feat_dist", "order",
-            "present", "passes",
-            "seconds", "MB"]
+            "present", "passes", "seconds", "MB"]
     lines = [_row(head), _row(["---"] * len(head))]
     for name in s["mechanisms"]:
         r = m[name]
@@ -620,7 +623,7 @@ def _score_table(t, s):
                            f"{r['peak_mb']:.0f}"]))
     true = m["vae"]
     return lines + [_row(["*true picture*", "0", "0", *("0" for _ in more), "0", "", "1", "0",
-                          _f(true["order_truth"], 2),
+                          f"{_f(true['order_truth'], 2)} (of {t['order_scenes']})",
                           _f(true["present_truth"], 2), "", "", ""])]
 
 
@@ -675,8 +678,11 @@ def sheet(work, rows, settings, task, path):
             with np.load(work / f"{task}-{seed}.npz") as stored:
                 images += [torch.from_numpy(stored[name])[None].float() / 255 for name in stored.files]
                 labels += stored.files
+                if len(stored.files) > 7 and len(stored.files) % 2:  # two rows a scene: fill the second
+                    images.append(torch.ones_like(images[-1]))
+                    labels.append("")
         columns = len(images) // count
-        columns = columns if columns <= 7 or columns % 2 else columns // 2
+        columns = columns if columns <= 7 else columns // 2
         try:
             return show.sheet(images, labels, path, columns=columns,
                               title=f"{_TITLES[task]} (model {Path(settings.model).name})")
@@ -706,7 +712,22 @@ def readme(path=None, folder=None):
     source, summary = newest(folder)
     body = f"{NOTE}\n\n{markdown(summary)}\n{gpu_line(summary.get('gpu'))}\n"
     _between(path, "benchmark", body)
+    if "<!-- models:begin -->" in path.read_text():
+        _between(path, "models", models_table())
     return source
+
+
+def models_table(folder=None):
+    """Every mini model's measured figures beside their goals, from the cards, as Markdown."""
+    from lib import setup
+    lines = [_row(["model", "training", "measured on unseen scenes", "value", "goal"]), _row(["---"] * 5)]
+    for path in sorted((Path(folder) if folder else setup.data_dir() / "models").glob("*/card.json")):
+        card = json.loads(path.read_text())
+        spent = f"{sum(r['seconds'] for r in card['runs'].values()) / 60:.0f} min, {card['hardware']}"
+        rows = [line for line in quality_table(card.get("quality", {})).splitlines() if line.startswith("| ")][2:]
+        for k, row in enumerate(rows or ["| not measured | - | - |"]):
+            lines.append(f"| {path.parent.name if k == 0 else ''} | {spent if k == 0 else ''} {row}")
+    return "\n".join(lines)
 
 
 def _between(path, name, body):

@@ -208,7 +208,8 @@ def test_a_larger_pipeline_edits_large_and_is_scored_at_one_size(parts, monkeypa
     def edit(models, c, mechanism):
         seen.append(c.truth.shape[-1])
         return SimpleNamespace(passes=0, seconds=0.01), c.truth, c.truth
-    rows, pictures = benchmark.run_case(benchmark.Models(s, **parts), "insertion", scenes.seeds("test", 1)[0], edit)
+    seed = scenes.seeds("test", 1)[0]
+    rows, pictures = benchmark.run_case(benchmark.Models(s, **parts), "insertion", seed, edit)
     assert seen == [256] and pictures["alpha"].shape[-1] == scenes.SIZE
     assert rows[-1]["mechanism"] == "alpha" and rows[-1]["psnr"] > 25 and rows[0]["mechanism"] == "vae"
 
