@@ -491,6 +491,17 @@ def train_depth(minutes: float, steps: int, device="cpu", batch: int = 12) -> No
         run.update(log.abs().mean() + .5 * (gx.abs().mean() + gy.abs().mean()) + dead, absrel=absrel)
 
 
+def _recoloured(x, colour, g):
+    """Permute the colour channels of half a batch: a kind must be told by its shape, or pairs never seen in training
+    are misjudged. The colours' names no longer hold there: labels -100, which cross-entropy skips."""
+    x, colour = x.clone(), colour.clone()
+    orders = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+    for k in range(len(x) // 2):
+        x[k] = x[k][list(orders[int(torch.randint(len(orders), (1,), generator=g))])]
+        colour[k] = torch.where(colour[k] > 0, torch.full_like(colour[k], -100), colour[k])
+    return x, colour
+
+
 def train_judge(minutes: float, steps: int, device="cpu", batch: int = 16) -> None:
     from .metrics import Judge
     torch.manual_seed(3)
@@ -501,6 +512,7 @@ def train_judge(minutes: float, steps: int, device="cpu", batch: int = 16) -> No
         if run.step % 200 == 0:
             data.refresh()
         x, z, kind, colour = (t.to(device) for t in _labelled(data, batch, .3))
+        x, colour = _recoloured(x, colour, data.generator)
         with _autocast(device):
             out = model(x)
         inside = 1 + 2 * (kind[:, 0] > 0).float()
