@@ -60,15 +60,15 @@ class Settings:
     """
 
     steps: int = 50
-    guidance_scale: float = 1.0
+    guidance_scale: float = 2.0
     negative_prompt: str = ""
     background_prompt: str = ""
-    noise_level: float = 0.7
-    start: str = "composite"
+    noise_level: float = 0.5
+    start: str = "noised"
     sources: str = "inverted"
     strength: float = 0.5
     keep: float = 1.0
-    free: float = 0.3
+    free: float = 0.0
     ring: float = 0.6
     layers: object = "all"
     window: tuple = (0.0, 1.0)
@@ -78,18 +78,18 @@ class Settings:
     refine: int = 0
     anchor: float = 1.0
     weights: tuple = (0.0, 0.2, 8.5)
-    inner_steps: int = 3
-    step_size: float = 0.05
+    inner_steps: int = 1
+    step_size: float = 0.02
     normalise: bool = True
     guide_window: tuple = (0.0, 0.8)
     hole: str = "ring"
-    decode: str = "residual"
-    smooth: float = 0.02
+    decode: str = "relight"
+    smooth: float = 0.03
     restore: str = "occluder"
     fill: object = "telea"
     soft: float = 0.0
     paste_at: float = 0.8
-    samples: int = 1
+    samples: int = 2
     bank_device: object = None
     bank_dtype: object = None
 
