@@ -110,11 +110,13 @@ def _focal(path, image) -> tuple[float, str]:
 def read_cutout(insert, model="mini", seed=0, device="cpu") -> tuple[torch.Tensor | None, str, str]:
     """(RGBA (1, 4, h, w) or None, kind, where it comes from) of a cut-out file, or of words ("red chair").
 
-    Words with the mini: it draws pictures and the judge cuts the object out. Other models paint the object
-    into the picture themselves (None). "": a cut-out that the Miniature renders.
+    Words with the mini: "red chair" is rendered by the Miniature, "draw red chair" is drawn by the mini's own
+    diffusion model and cut out by the judge (rough). Other models paint the object into the picture themselves
+    (None). "": a blue chair, rendered.
     """
     if not str(insert):
-        return _miniature_cutout()
+        origin = "none given: a blue chair of the Miniature, rendered in a light of its own"
+        return _rendered("chair", "blue"), "chair", origin
     path = Path(insert)
     if path.is_file() or path.suffix:
         rgba = featglac.check_rgba(show.read_image(path, mode="rgba"), path.name)
@@ -126,6 +128,9 @@ def read_cutout(insert, model="mini", seed=0, device="cpu") -> tuple[torch.Tenso
     if not Path(model).name.startswith("mini"):
         return None, "cut-out", f"painted by {model} from the words '{words}'"
     kind, colour = _words(words)
+    if "draw" not in words.split():
+        origin = f"rendered by the Miniature from '{words}', in a light of its own (no model)"
+        return _rendered(kind, colour, turn=25 + 40 * seed), kind, origin
     origin = f"drawn by the mini from '{words}' (128 pixels), cut out by the judge"
     return _drawn(kind, colour, seed, device), kind, origin
 
@@ -143,11 +148,11 @@ def _words(words) -> tuple[str, str]:
     return found[0][0], found[1][0]
 
 
-def _miniature_cutout():
+def _rendered(kind, colour, turn=25.0):
+    """A thing of the Miniature alone, seen from 3 m under another sun than the example room's."""
     room = scenes.sample(EXAMPLE)
-    alone = replace(room, things=()).insert(scenes.Thing("chair", "blue", x=0, z=0, turn=25), at=2.2)
-    rgba = scenes.only(alone, 0, sun=scenes.other_sun(room.sun), size=256)
-    return _trim(rgba), "chair", "none given: a blue chair of the Miniature, rendered under another sun"
+    alone = replace(room, things=()).insert(scenes.Thing(kind, colour, x=0, z=0, turn=turn), at=3.0)
+    return _trim(scenes.only(alone, 0, sun=scenes.other_sun(room.sun), size=640))
 
 
 def _drawn(kind, colour, seed, device, tries=8):
@@ -349,30 +354,26 @@ def _best_column(photo, d, foot, height, cutout, floor) -> float:
     h, w = found.size
     hides = _hides(found, d, floor)[0, 0]
     solid = ((found.values - d).abs() < 0.06)[0, 0].float() * (1 - on_floor(found, floor)[0, 0])
-    scores = {}
+    floor_here, scores, sizes = on_floor(found, floor)[0, 0], {}, {}
     for x in np.linspace(0.08, 0.92, 43):
         y = foot(x)
         if not 0.1 < y <= 1.02:
             continue
         try:
-            box = cutout is None
-            alpha = _box(h, w, x, y, height) if box else featglac.place(cutout, (h, w), x, y, height)[0, 3]
+            alpha = _box(h, w, x, y, height) if cutout is None else \
+                featglac.place(cutout, (h, w), x, y, height)[0, 3]
         except ValueError:
             continue
-        total = alpha.sum().clamp_min(1e-6)
-        inside = float(alpha.sum() / max(1.0, height * h * height * h * _aspect(cutout)))
+        sizes[x] = float(alpha.sum())
         upper = alpha * (torch.arange(h)[:, None] < (y - 0.6 * height) * h)  # a hidden head looks odd
         seen = [float((a * (1 - hides)).sum() / a.sum().clamp_min(1e-6)) for a in (alpha, upper)]
-        seen, clash = 0.6 * seen[0] + 0.4 * seen[1], float((alpha * solid).sum() / total)
+        seen, clash = 0.6 * seen[0] + 0.4 * seen[1], float((alpha * solid).sum() / max(sizes[x], 1e-6))
         row, column = min(h - 1, int(y * h)), min(w - 1, int(x * w))
-        ground = float(max(on_floor(found, floor)[0, 0, row, column], 0.8 * hides[row, column]))
+        ground = float(max(floor_here[row, column], 0.8 * hides[row, column]))
         wanted = 1 - abs(seen - 0.75) * (1.2 if seen < 0.75 else 0.6)
-        scores[x] = ground + 1.5 * wanted - 1.5 * clash - 0.3 * abs(x - 0.5) + min(inside, 0.5)
-    return float(max(scores, key=scores.get)) if scores else 0.5
-
-
-def _aspect(cutout):
-    return 0.6 if cutout is None else cutout.shape[-1] / cutout.shape[-2] * float(cutout[:, 3].mean())
+        scores[x] = ground + 1.5 * wanted - 1.5 * clash - 0.3 * abs(x - 0.5)
+    whole = max(sizes.values(), default=1.0)  # what the picture's edge cuts off counts against a column
+    return float(max(scores, key=lambda x: scores[x] + 3 * sizes[x] / whole)) if scores else 0.5
 
 
 def _box(h, w, x, y, height) -> torch.Tensor:
@@ -649,9 +650,9 @@ def views(shot: Shot, side=480) -> tuple[list, list]:
              (show.over(shot.cut.foreground), "nearer than AT"), (shot.cut.background, "beyond AT, filled"),
              (shot.paste2d, "2-D paste"), (shot.paste, "depth-aware paste")]
     if shot.result is not None:
-        change = (shot.result - shot.paste).abs().mean(1, keepdim=True) * 4
+        change = (shot.result - shot.paste).abs().mean(1, keepdim=True) * 10
         pairs += [(shot.result, f"FeatGLaC ({shot.facts['model']['mechanism']})"),
-                  (change.clamp(0, 1).expand(-1, 3, -1, -1), "what the model changed, x4")]
+                  (change.clamp(0, 1).expand(-1, 3, -1, -1), "what the model changed, x10")]
     return [_shrink(p, side) for p, _ in pairs], [label for _, label in pairs]
 
 

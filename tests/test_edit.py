@@ -202,6 +202,16 @@ def test_size_follows_depth_and_where_and_height_are_obeyed(room):
         2 * edit.stand(photo, "2m", cutout, kind, height="0.45m").height)
 
 
+@pytest.mark.parametrize("words, kind", [("red chair", "chair"), ("a teal vase", "vase"), ("Glass ball green", "glass")])
+def test_words_become_a_cutout_of_that_colour(words, kind):
+    cutout, found, origin = edit.read_cutout(f"/anywhere/{words}", "mini")
+    assert found == kind and "rendered" in origin and cutout.shape[1] == 4 and min(cutout.shape[-2:]) > 60
+    rgb = scenes.RGB[next(w for w in words.lower().split() if w in scenes.COLOURS)]
+    mean = (cutout[:, :3] * cutout[:, 3:]).sum((0, 2, 3)) / cutout[:, 3:].sum()
+    assert mean.argmax() == torch.tensor(rgb).argmax() or kind == "vase"
+    assert (cutout[0, 3, 0] > 0.05).any() and (cutout[0, 3, :, -1] > 0.05).any(), "trimmed to its opaque part"
+
+
 def test_exif_gives_the_focal_length(room, tmp_path):
     picture = Image.open(room / "room.png").convert("RGB")
     exif = picture.getexif()
