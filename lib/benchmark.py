@@ -710,7 +710,7 @@ def readme(path=None, folder=None):
     from lib import setup
     path = Path(path) if path else setup.root() / "README.md"
     source, summary = newest(folder)
-    body = f"{NOTE}\n\n{markdown(summary)}\n{gpu_line(summary.get('gpu'))}\n"
+    body = f"{verdict(summary)}\n\n{NOTE}\n\n{markdown(summary)}\n{gpu_line(summary.get('gpu'))}\n"
     _between(path, "benchmark", body)
     if "<!-- models:begin -->" in path.read_text():
         _between(path, "models", models_table())
@@ -728,6 +728,24 @@ def models_table(folder=None):
         for k, row in enumerate(rows or ["| not measured | - | - |"]):
             lines.append(f"| {path.parent.name if k == 0 else ''} | {spent if k == 0 else ''} {row}")
     return "\n".join(lines)
+
+
+def verdict(summary):
+    """One sentence a task: FeatGLaC's error beside the depth-aware paste's, zone by zone, and the goal (half of it)."""
+    lines = []
+    for task, t in summary["tasks"].items():
+        for name in [m for m in MECHANISMS if m in t["means"] and "alpha" in t["means"]]:
+            said = []
+            for zone in ("shadow", "shading"):
+                ours, paste = (t["means"][m][f"rmse_{zone}"] for m in (name, "alpha"))
+                d = t["differences"][name]["alpha"][f"rmse_{zone}"]
+                change = abs(ours / paste - 1)
+                word = "smaller" if ours < paste else "larger"
+                sure = "" if d["excludes_zero"] else ", which may be chance"
+                said.append(f"{change:.0%} {word} in the {zone} zone{sure}"
+                            + (" (goal of half: reached)" if ours <= .5 * paste else ""))
+            lines.append(f"* {_TITLES[task]}: `{name}`'s error is {' and '.join(said)}.")
+    return "Beside the depth-aware paste (the goal is half its error):\n\n" + "\n".join(lines)
 
 
 def _between(path, name, body):
