@@ -685,6 +685,27 @@ def _card(folder: Path, runs: dict, **more) -> None:
     card = {"runs": runs, "hardware": gpu or f"CPU, {os.cpu_count()} cores, bf16 autocast", "corpus_seeds": "train split",
             "recipe": "python -m lib.train", "licence": "MIT", **more}
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    (folder / "README.md").write_text(card_text(folder.name.strip(".").removesuffix(".tmp"), card))
+
+
+_WHAT = {"mini": "Text to image in the Miniature, in the format of a `StableDiffusionPipeline` folder (f = 8, 4 latent channels, "
+                 "128x128).",
+         "mini-inpaint": "The 9-channel inpainting model, in the format of a `StableDiffusionInpaintPipeline` folder; VAE and "
+                         "text encoder are those of `mini`.",
+         "mini-depth": "A small transformers `DPTForDepthEstimation`. It gives *inverse* depth, near = high, like MiDaS: "
+                       "metres = inverse_scale / prediction (the constant is in card.json).",
+         "judge": "A timm network that scores edits: depth, kind and colour of every pixel. Other architecture and seed than "
+                  "the models it judges."}
+
+
+def card_text(name: str, card: dict) -> str:
+    """The model card in words; `lib.benchmark models` fills in the measured quality."""
+    runs = "\n".join(f"| {k} | {r['step']} | {r['seconds'] / 60:.0f} | [log_{k}.csv](log_{k}.csv) |" for k, r in card["runs"].items())
+    return (f"# {name}\n\n{_WHAT[name]} Made by `{card['recipe']}` from rooms of the Miniature's *train* split (the VAE also from made textures), rendered by "
+            f"`lib.scenes`; no photograph, no other weights. For teaching: it knows nothing but the Miniature.\n\n"
+            f"Parameters: {json.dumps(card['parameters'])}. Hardware: {card['hardware']}. Licence: {card['licence']}.\n\n"
+            f"| run | steps | minutes | log |\n|---|---|---|---|\n{runs}\n\n## Measured quality\n\n"
+            f"<!-- quality:begin -->\n<!-- quality:end -->\n")
 
 
 def _half_but_text(pipe):
@@ -705,6 +726,16 @@ def export(root: Path, names=("mini", "mini-inpaint", "mini-depth", "judge")) ->
         print(f"wrote {root / name}")
 
 
+def prefix_text_keys(folder: Path) -> None:
+    """Name the text encoder's tensors `text_model.…`: newer transformers save them without, and older ones would then
+    load random weights in silence; both read them with the prefix."""
+    from safetensors.torch import load_file, save_file
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file({k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in tensors.items()}, path,
+              {"format": "pt"})
+
+
 def _export_pipeline(folder: Path, inpaint: bool) -> None:
     tokenizer = make_tokenizer()
     parts, info = averaged("unet", unet=make_unet(), text=make_text(tokenizer))
@@ -718,6 +749,7 @@ def _export_pipeline(folder: Path, inpaint: bool) -> None:
             runs[name] = {"step": state["step"], "seconds": round(state["seconds"])}
     pipe = _half_but_text(_pipeline(vae, parts["text"], tokenizer, parts["unet"], inpaint))
     pipe.save_pretrained(folder, safe_serialization=True)
+    prefix_text_keys(folder / "text_encoder")
     for name in runs:
         _copy_log(name, folder)
     _card(folder, runs, parameters={k: sum(p.numel() for p in getattr(pipe, k).parameters()) for k in ("vae", "unet", "text_encoder")})
