@@ -1030,3 +1030,30 @@ def composite_case(seed: int) -> tuple[Scene, Scene, float]:
         if far and at < 4.6 and -far[0][0] > at:
             return a, b, at
     return a, b, min(at, 4.4)
+
+
+# ---------------------------------------------------------------------------------------------- data/scenes
+EXAMPLE = 20003468               # the room of lesson 00: a white table
+
+
+def write_examples(folder) -> list:
+    """A room, its depth as a sensor would store it (16-bit millimetres) and a chair cut out under another sun, as files
+    for `make edit`; made by the project, so nobody needs a photograph to try it. Returns the paths."""
+    from pathlib import Path
+
+    from lib import show
+    folder, size = Path(folder), (480, 640)
+    folder.mkdir(parents=True, exist_ok=True)
+    room = sample(EXAMPLE)
+    chair = Thing("chair", "red", x=-0.8, z=0, size=1.5, turn=20)
+    seen = render(room, size, samples=4)
+    cut = only(room.insert(chair, at=3.55), len(room.things), other_sun(room.sun), size, samples=4)
+    rows, columns = (cut[0, 3] > 0).any(1).nonzero(), (cut[0, 3] > 0).any(0).nonzero()
+    cut = cut[..., rows.min():rows.max() + 1, columns.min():columns.max() + 1]
+    return [show.save_image(seen.rgb, folder / "room.png"), show.save_image(cut, folder / "chair.png"),
+            show.save_image((seen.depth * 1000).round() / 65535, folder / "room_depth_mm.png", bits=16)]
+
+
+if __name__ == "__main__":
+    import sys
+    print(*write_examples(sys.argv[1] if len(sys.argv) > 1 else "data/scenes"), sep="\n")

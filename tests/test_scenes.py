@@ -391,3 +391,17 @@ def test_speed_is_printed():
     print(f"renderer: {rate:.1f} images/s at 128x128, 2x2 samples, {torch.get_num_threads()} thread(s); "
           f"{work * 1000:.0f} ms of processor time an image")
     assert work < 0.5                                      # goal: 20/s on two free cores, 0.1 s; others may be busy
+
+
+def test_the_example_files_are_the_room_of_lesson_00(tmp_path):
+    from lib import depth, setup, show
+    made = scenes.write_examples(tmp_path)
+    assert sorted(p.name for p in made) == ["chair.png", "room.png", "room_depth_mm.png"]
+    for path in made:
+        stored = setup.data_dir() / "scenes" / path.name
+        assert stored.is_file(), "python -m lib.scenes writes the examples"
+        mode = "rgba" if path.name == "chair.png" else "rgb"
+        if "depth" not in path.name:
+            assert (show.read_image(stored, mode) - show.read_image(path, mode)).abs().max() < 0.02
+    truth = scenes.render(scenes.sample(scenes.EXAMPLE), (480, 640), samples=4).depth
+    assert (depth.given(tmp_path / "room_depth_mm.png").metres() - truth).abs().max() < 0.01
