@@ -32,6 +32,8 @@ class Settings:
     """All that may be chosen; every field is an argument of `compose_layers`, `insert_object` and `compose`.
 
     steps, guidance_scale, negative_prompt: as in sampling. Scale 1 needs one U-Net pass per step, not two.
+        Where the prompt names its light, the negative prompt is the same words in the opposite light (see
+        `opposite_light`), so that guidance pulls away from the light that the cut-out may have come in.
     background_prompt: describes the background alone ("" fits any); its inversion uses it.
     noise_level: how far up the edit goes, 0..1 of the steps. Low keeps the pasted light, 1 forgets it.
     start: where the way down begins: "background" or "composite" (inverted), "noised" (composite + fresh
@@ -60,8 +62,8 @@ class Settings:
     """
 
     steps: int = 50
-    guidance_scale: float = 2.0
-    negative_prompt: str = ""
+    guidance_scale: float = 8.0
+    negative_prompt: str | None = None
     background_prompt: str = ""
     noise_level: float = 0.5
     start: str = "noised"
@@ -69,7 +71,7 @@ class Settings:
     strength: float = 0.5
     keep: float = 1.0
     free: float = 0.0
-    ring: float = 0.6
+    ring: float = 1.2
     layers: object = "all"
     window: tuple = (0.0, 1.0)
     parts: str = "kv"
@@ -202,7 +204,7 @@ class _Job:
         return self.cache[key]
 
     def uncond(self):
-        return self.text(self.set.negative_prompt) if self.set.guidance_scale != 1.0 else None
+        return self.text(self.set.negative_prompt or "") if self.set.guidance_scale != 1.0 else None
 
 
 # ---------------------------------------------------------------- pictures and masks
@@ -227,6 +229,16 @@ def ring(mask, width) -> torch.Tensor:
     if radius < 1:
         return torch.maximum((distance < 1).to(mask), mask)
     return ((radius - distance) / (0.4 * radius)).clamp(0, 1)
+
+
+def opposite_light(prompt) -> str:
+    """The prompt in the opposite light ("... light from the left" -> "... right"), or "" if it names none."""
+    if "light from the " not in prompt:
+        return ""
+    scene, side = prompt.rsplit("light from the ", 1)
+    turned = {"left": "right", "right": "left"}
+    words = side.split(" ")
+    return f"{scene}light from the {' '.join([turned[words[0]], *words[1:]])}" if words[0] in turned else ""
 
 
 def place(cutout, size, x=0.5, y=0.9, height=0.4) -> torch.Tensor:
@@ -289,11 +301,15 @@ def compose_layers(
     """
     if mechanism not in MECHANISMS:
         raise ValueError(f"Unknown mechanism {mechanism!r}; known: {', '.join(MECHANISMS)}.")
+    own = {} if settings or mechanism in ("inject", "guide") else BASELINE
+    chosen = _settings(settings, {**own, **options})
+    if chosen.negative_prompt is None:
+        chosen = replace(chosen, negative_prompt=opposite_light(prompt))
     job = _Job(
         pipe,
         *_check_layers(pipe, background, foreground, occluder),
         prompt,
-        _settings(settings, options),
+        chosen,
         generator,
         inpaint_pipe,
     )
@@ -385,6 +401,8 @@ def compose(
 
 
 NAMES = {f.name for f in fields(Settings)}
+#: What the latent baselines do best with; the defaults of `Settings` are those of inject and guide.
+BASELINE = {"guidance_scale": 2.0, "negative_prompt": ""}
 
 
 def _settings(settings, options) -> Settings:
@@ -488,12 +506,14 @@ def relight(picture, after, before, mask, smooth=0.02) -> torch.Tensor:
     """picture x after / before, the ratio smoothed inside and outside the mask apart: only the light changes.
 
     Light multiplies, and a shadow on a chequered floor leaves the chequers: a ratio keeps the picture's own
-    detail, where a difference of two blurred decodings cannot.
+    detail, where a difference of two blurred decodings cannot. Outside the mask it only darkens: a thing that
+    is put into a room takes light from its surroundings and (mirrors apart) gives none.
     smooth: sigma of the blur, as a part of the smaller side.
     """
     ratio = ((after.clamp(min=0) + 0.05) / (before.clamp(min=0) + 0.05)).log().clamp(-2, 2)
     inside = (mask >= 0.5).to(picture)
-    light = over(_blur_under(ratio, inside, smooth), inside, _blur_under(ratio, 1 - inside, smooth))
+    around = _blur_under(ratio, 1 - inside, smooth).clamp(max=0)
+    light = over(_blur_under(ratio, inside, smooth), inside, around)
     return (picture * light.exp()).clamp(0, 1)
 
 
