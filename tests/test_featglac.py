@@ -30,7 +30,8 @@ def scene():
 
 # One fixed base, so that a test says all that it depends on; the shipped defaults are tuned to the weights.
 BASE = {
-    "steps": STEPS, "guidance_scale": 1.0, "noise_level": 0.7, "start": "composite", "free": 0.3, "inner_steps": 3,
+    "steps": STEPS, "guidance_scale": 1.0, "noise_level": 0.7, "start": "composite", "free": 0.3,
+    "inner_steps": 3,
     "step_size": 0.05, "decode": "residual", "smooth": 0.02, "samples": 1,
 }
 
@@ -424,3 +425,20 @@ def test_relighting_changes_light_and_keeps_detail():
     assert (relit - truth).abs().max() < 0.1 and (relit - truth).abs().mean() < 0.03
     assert (chequers + after - before - truth).abs().mean() > 0.06  # what a difference would have done
     assert torch.allclose(featglac.relight(chequers, before, before, mask), chequers, atol=1e-5)
+
+
+def test_the_opposite_light():
+    turned = featglac.opposite_light("a red chair behind a white table light from the left")
+    assert turned == "a red chair behind a white table light from the right"
+    assert featglac.opposite_light(turned).endswith("light from the left")
+    for other in ("a photograph of a chair", "light from the moon"):
+        assert featglac.opposite_light(other) == ""
+
+
+def test_the_opposite_light_is_the_negative_prompt(tiny_pipe, scene):
+    negative = lambda mechanism, **o: featglac.compose_layers(
+        tiny_pipe, *scene, "a box light from the left", mechanism, steps=2, generator=gen(), **o
+    ).settings["negative_prompt"]
+    assert negative("inject") == "a box light from the right"
+    assert negative("inject", negative_prompt="dark") == "dark"
+    assert negative("blended-latent") == ""
