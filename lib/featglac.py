@@ -510,13 +510,15 @@ def relight(picture, after, before, mask, smooth=0.02) -> torch.Tensor:
     """picture x after / before, the ratio smoothed inside and outside the mask apart: only the light changes.
 
     Light multiplies, and a shadow on a chequered floor leaves the chequers: a ratio keeps the picture's own
-    detail, where a difference of two blurred decodings cannot. Outside the mask it only darkens: a thing that
-    is put into a room takes light from its surroundings and (mirrors apart) gives none.
+    detail, where a difference of two blurred decodings cannot. Outside the mask it only darkens, by one factor for
+    all three channels: a thing that is put into a room takes light from its surroundings, (mirrors apart) gives
+    none, and a shadow has hardly a colour of its own.
     smooth: sigma of the blur, as a part of the smaller side.
     """
     ratio = ((after.clamp(min=0) + 0.05) / (before.clamp(min=0) + 0.05)).log().clamp(-2, 2)
     inside = (mask >= 0.5).to(picture)
-    around = _blur_under(ratio, _without_rim(1 - inside), smooth).clamp(max=0)
+    grey = ratio.mean(1, keepdim=True).expand_as(ratio)
+    around = _blur_under(grey, _without_rim(1 - inside), smooth).clamp(max=0)
     light = over(_blur_under(ratio, _without_rim(inside), smooth), inside, around)
     return (picture * light.exp()).clamp(0, 1)
 
