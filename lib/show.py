@@ -5,6 +5,7 @@ or `sheet`. Tensors follow the course's convention: float32, (B, C, H, W), RGB, 
 """
 import importlib
 import io
+import pkgutil
 import math
 import os
 import sys
@@ -450,14 +451,17 @@ def course_map(here="00"):
 
 # ---------------------------------------------------------------- figures/
 
-FIGURE_MAKERS = ("lib.widgets",)      # modules with make_figures(folder) -> list of paths; each lesson adds its own
+def figure_makers():
+    """Names of the modules that draw stored pictures with `make_figures(folder)`: lib.widgets and each lesson's own."""
+    import lib
+    return sorted(m.name for m in pkgutil.iter_modules(lib.__path__, "lib.") if m.name.startswith("lib.widgets"))
 
 
 def make_figures(folder=None):
     """Draw every stored picture again (a few seconds each). Returns the paths."""
     from lib import setup
     folder = Path(folder or setup.figures_dir())
-    return [path for name in FIGURE_MAKERS for path in importlib.import_module(name).make_figures(folder)]
+    return [path for name in figure_makers() for path in importlib.import_module(name).make_figures(folder)]
 
 
 def main(arguments):

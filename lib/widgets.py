@@ -13,6 +13,46 @@ from lib import show
 CUT = torch.tensor([0.0, 0.9, 1.0]).view(1, 3, 1, 1)      # colour of the cut line on the depth map
 
 
+# ---------------------------------------------------------------- the shell
+
+def _png(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def slider(value, low, high, step, label):
+    """A wide slider, of whole numbers where value and step are whole, that reports while it is dragged."""
+    import ipywidgets
+    whole = isinstance(value, int) and isinstance(step, int)
+    kind = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
+    return kind(value=value, min=low, max=high, step=step, description=label, continuous_update=True,
+                readout_format="d" if whole else ".2f", layout=ipywidgets.Layout(width="480px"),
+                style={"description_width": "110px"})
+
+
+def panel(draw, css_class, **controls):
+    """Controls, a line of text and a picture, which `draw(**values)` makes: a VBox with these children in that order.
+
+    draw takes the controls' values by name and returns (PIL picture, HTML text). css_class marks the picture, so that
+    a browser test finds it. An error in `draw` reaches the notebook (there is no Output widget to hide it).
+    Works in JupyterLab, Notebook, VS Code, Colab and Kaggle, with ipywidgets 7.7 and 8.
+    """
+    import ipywidgets
+
+    text, picture = ipywidgets.HTML(), ipywidgets.Image(format="png")
+    picture.add_class(css_class)
+
+    def update(change=None):
+        drawn, text.value = draw(**{name: control.value for name, control in controls.items()})
+        picture.value = _png(drawn)
+
+    for control in controls.values():
+        control.observe(update, names="value")
+    update()
+    return ipywidgets.VBox([*controls.values(), text, picture])
+
+
 # ---------------------------------------------------------------- lesson 00: the depth threshold
 
 def _values(depth):
@@ -57,34 +97,11 @@ def threshold_view(image, depth, at):
     return show.tile([image, line, foreground, background], labels, columns=4)
 
 
-def _png(picture):
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def depth_threshold(image, depth, at=0.5):
-    """A slider for d beside the two layers that it makes: the VBox of slider, line of text and picture.
-
-    Works in JupyterLab, Notebook, VS Code, Colab and Kaggle. The parts are the box's children, in that order.
-    """
-    import ipywidgets
-
+    """A slider for d beside the two layers that it makes: a `panel` of slider, line of text and picture."""
     _check_pair(image, depth, at)
-    slider = ipywidgets.FloatSlider(value=at, min=0.0, max=1.0, step=0.01, description="d (depth)",
-                                    readout_format=".2f", continuous_update=True,
-                                    layout=ipywidgets.Layout(width="480px"))
-    text = ipywidgets.HTML()
-    picture = ipywidgets.Image(format="png")
-    picture.add_class("depth-threshold")
-
-    def draw(d):
-        picture.value = _png(threshold_view(image, depth, d))
-        text.value = threshold_text(depth, d)
-
-    slider.observe(lambda change: draw(change["new"]), names="value")
-    draw(at)
-    return ipywidgets.VBox([slider, text, picture])
+    return panel(lambda d: (threshold_view(image, depth, d), threshold_text(depth, d)), "depth-threshold",
+                 d=slider(at, 0.0, 1.0, 0.01, "d (depth)"))
 
 
 # ---------------------------------------------------------------- lesson 00: its stored pictures

@@ -15,6 +15,19 @@ def tiny_pipe(make_pipe):
     return make_pipe()
 
 
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """One JupyterLab for all browser tests (see tests/browser.py); skips without jupyterlab, playwright or Chromium."""
+    import browser
+    pytest.importorskip("jupyterlab")
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if browser.CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    server = browser.Lab(tmp_path_factory.mktemp("lab"))
+    yield server
+    server.close()
+
+
 def pytest_collection_modifyitems(items):
     """nbval waits 5 s for a cell's outputs after its reply, and has no option for it: too short on a loaded machine."""
     for item in items:

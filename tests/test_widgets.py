@@ -107,3 +107,29 @@ def test_static_strip_has_one_row_for_each_threshold(pair, tmp_path):
     images, labels = widgets.threshold_strip(*pair, ats=(0.25, 0.5))
     assert len(images) == len(labels) == 6 and labels[3] == "cut at d = 0.50"
     assert show.sheet(images, labels, tmp_path / "strip.png", columns=3).stat().st_size <= show.MAX_FIGURE_BYTES
+
+
+def test_panel_calls_draw_with_every_control_by_name():
+    calls = []
+
+    def draw(**values):
+        calls.append(values)
+        return Image.new("RGB", (values["k"], 4)), f"k = {values['k']}"
+
+    box = widgets.panel(draw, "test-panel", k=widgets.slider(3, 1, 9, 1, "k"), w=widgets.slider(0.5, 0.0, 1.0, 0.1, "w"))
+    k, w, text, picture = box.children
+    w.value = 0.7
+    k.value = 8
+    assert calls == [{"k": 3, "w": 0.5}, {"k": 3, "w": 0.7}, {"k": 8, "w": 0.7}]
+    assert text.value == "k = 8" and Image.open(io.BytesIO(bytes(picture.value))).width == 8
+
+
+def test_an_error_in_draw_reaches_the_caller():
+    def draw(k):
+        if k > 5:
+            raise ValueError("k is too large")
+        return Image.new("RGB", (4, 4)), ""
+
+    box = widgets.panel(draw, "test-panel", k=widgets.slider(3, 1, 9, 1, "k"))
+    with pytest.raises(ValueError, match="too large"):
+        box.children[0].value = 6
