@@ -1,4 +1,4 @@
-"""Recipes of the mini models: `python -m lib.train corpus|adopt|vae|decoder|depth|judge|unet|inpaint|export|pack|unpack|all`.
+"""Recipes of the mini models: `python -m lib.train corpus|adopt|vae|decoder|depth|judge|unet|inpaint|fillnet|export|pack|unpack|all`.
 
 Every recipe is resumable (checkpoints in .cache/train), keeps an exponential moving average, logs to CSV and runs
 on a CPU or a GPU; `--minutes` and `--steps` bound one call. The corpus is rendered once from training seeds and kept
@@ -62,9 +62,10 @@ def corpus(n: int, device: str = "cpu", wild_share: float = .2) -> None:
 class Corpus:
     """All chunks rendered so far, as tensors; `refresh` picks up new ones. Items are drawn with a seeded generator."""
 
-    def __init__(self, wild: bool = True, device="cpu", seed: int = 0):
+    def __init__(self, wild: bool = True, device="cpu", seed: int = 0,
+                 keys: tuple = ("rgb", "mm", "ids", "kind", "colour")):
         self.wild, self.device, self.seen = wild, device, set()
-        self.parts: dict[str, list] = {k: [] for k in ("rgb", "mm", "ids", "kind", "colour")}
+        self.parts: dict[str, list] = {k: [] for k in keys}
         self.captions: list[str] = []
         self.generator = torch.Generator().manual_seed(seed)
         self.refresh()
@@ -233,7 +234,8 @@ class Run:
         if state is None:
             return
         for key, model in self.models.items():
-            model.load_state_dict(state["models"][key])
+            if key in state["models"]:                                    # packed GANs have no discriminators
+                model.load_state_dict(state["models"][key])
         if "optimiser" in state:                                          # a packed checkpoint has averaged weights only
             self.optimiser.load_state_dict(state["optimiser"])
             self.ema.load_state_dict(state["ema"])
@@ -345,6 +347,7 @@ def averaged(name: str, **models: torch.nn.Module) -> tuple[dict, dict]:
 
 def _fresh(name: str) -> dict[str, torch.nn.Module]:
     """Untrained models of a run, with the same parameters trainable as in the run."""
+    from .inpaint import FillNet
     from .metrics import Judge
     if name == "unet":
         return {"unet": make_unet(), "text": make_text(make_tokenizer())}
@@ -354,7 +357,8 @@ def _fresh(name: str) -> dict[str, torch.nn.Module]:
         vae.quant_conv.requires_grad_(False)
         return {"vae": vae}
     return {"vae": lambda: {"vae": make_vae()}, "depth": lambda: {"depth": make_depth()},
-            "judge": lambda: {"judge": Judge()}, "inpaint": lambda: {"unet": make_unet(9)}}[name]()
+            "judge": lambda: {"judge": Judge()}, "inpaint": lambda: {"unet": make_unet(9)},
+            "fillnet": lambda: {"gen": FillNet()}}[name]()
 
 
 def pack(out: Path) -> None:
@@ -705,6 +709,92 @@ def train_inpaint(minutes: float, steps: int, device="cpu", batch: int = 32) -> 
         run.update((each * _snr_weight(scheduler, t)).mean(), mse=each.mean())
 
 
+# ---------------------------------------------------------------------------------------------- before diffusion
+class Critic(torch.nn.Module):
+    """A discriminator on patches: pictures with their mask (B, 4, H, W) -> a map of scores, high = looks real.
+
+    Spectral normalisation keeps it from winning too fast. fold: pixels folded into channels first."""
+
+    def __init__(self, fold: int, widths=(32, 64, 64)):
+        super().__init__()
+        from torch.nn.utils.parametrizations import spectral_norm
+        sizes, self.fold = (4 * fold * fold, *widths), fold
+        self.layers = torch.nn.ModuleList(
+            spectral_norm(torch.nn.Conv2d(a, b, 3, 1 + (k > 0), 1)) for k, (a, b) in enumerate(zip(sizes, sizes[1:])))
+        self.score = spectral_norm(torch.nn.Conv2d(widths[-1], 1, 3, 1, 1))
+
+    def forward(self, x):
+        x = F.pixel_unshuffle(x, self.fold)
+        for layer in self.layers:
+            x = F.leaky_relu(layer(x), .2)
+        return self.score(x)
+
+
+def _windows(hole, size: int, g):
+    """One window (B,2: top, left) for each picture, around a random pixel of its hole."""
+    h, w = hole.shape[-2:]
+    spots = [torch.nonzero(one[0]) for one in hole]
+    spots = torch.stack([s[torch.randint(len(s), (1,), generator=g)[0]] for s in spots])
+    return (spots - size // 2).clamp(min=0).minimum(torch.tensor([h - size, w - size]))
+
+
+def _cut(x, corners, size: int):
+    return torch.stack([one[:, y:y + size, z:z + size] for one, (y, z) in zip(x, corners.tolist())])
+
+
+def _fill_losses(out, x, hole):
+    """Reconstruction: L1 in the hole and around it, at three scales, and of the gradients in the hole."""
+    off = (out - x).abs()
+    loss = 5 * (off * hole).sum() / (3 * hole.sum()) + off.mean()
+    gx, gy = _gradients((out - x) * hole)
+    loss = loss + 2 * (gx.abs().sum() + gy.abs().sum()) / (3 * hole.sum())
+    for k in (4, 16):
+        loss = loss + 2 * (F.avg_pool2d((out - x) * hole, k).abs().sum() * k * k) / (3 * hole.sum())
+    return loss
+
+
+def train_fillnet(minutes: float, steps: int, device="cpu", batch: int = 8) -> None:
+    """The context network of lesson 04: reconstruction first; from 35 % of the budget on also two discriminators with
+    the hinge loss, a global one and a local one at the hole (Iizuka et al. 2017, Yu et al. 2019)."""
+    from .inpaint import FillNet
+    from .masks import random_fill_masks
+    torch.manual_seed(6)
+    window, start = scenes.SIZE // 2 - 16, .35
+    nets = {"gen": FillNet(), "whole": Critic(4), "local": Critic(2)}
+    run = Run("fillnet", nets, 2e-3, minutes, steps, device, list(nets["gen"].parameters()))
+    gen, critics = nets["gen"], [nets["whole"], nets["local"]]
+    judging = [p for c in critics for p in c.parameters()]
+    theirs = torch.optim.Adam(judging, 4e-4, betas=(0., .9))              # starts afresh when a run goes on
+    data = Corpus(wild=False, seed=500 + run.step, keys=("rgb", "ids"))
+    g = data.generator
+    for p in run:
+        _, (rgb, ids) = data.draw(batch, "rgb", "ids")
+        if torch.rand(1, generator=g) < .5:
+            rgb, ids = rgb.flip(-1), ids.flip(-1)
+        hole = random_fill_masks(batch, scenes.SIZE, g, ids=ids)
+        corners = _windows(hole, window, g)
+        x, hole = rgb.to(device).float() / 255, hole.to(device)
+        views = lambda y: (torch.cat([y * 2 - 1, hole], 1), _cut(torch.cat([y * 2 - 1, hole], 1), corners, window))
+        with _autocast(device):
+            out = gen(x, hole)
+            made = x * (1 - hole) + out * hole
+            fooled = hinge = out.new_zeros(())
+            if p > start:
+                for q in judging:
+                    q.requires_grad_(True)
+                hinge = sum(F.relu(1 - c(real)).mean() + F.relu(1 + c(fake)).mean()
+                            for c, real, fake in zip(critics, views(x), views(made.detach())))
+                theirs.zero_grad(set_to_none=True)
+                hinge.backward()
+                theirs.step()
+                for q in judging:
+                    q.requires_grad_(False)
+                fooled = -sum(c(fake).mean() for c, fake in zip(critics, views(made)))
+        weight = .04 * min(1., max(0., p - start) / .1)
+        mse = ((out.detach() - x) ** 2 * hole).sum() / (3 * hole.sum())
+        run.update(_fill_losses(out, x, hole) + weight * fooled, psnr=-10 * mse.log10(), hinge=hinge, fooled=fooled)
+
+
 # ---------------------------------------------------------------------------------------------- export
 def _replace_folder(new: Path, folder: Path) -> None:
     if folder.exists():
@@ -818,9 +908,9 @@ def _export_judge(folder: Path) -> None:
 _EXPORT = {"mini": lambda f: _export_pipeline(f, False), "mini-inpaint": lambda f: _export_pipeline(f, True),
            "mini-depth": _export_depth, "judge": _export_judge}
 #: Minutes of each recipe where neither --minutes nor --steps is given: a sensible evening on two cores.
-MINUTES = {"vae": 60, "decoder": 45, "depth": 25, "judge": 25, "unet": 120, "inpaint": 60}
+MINUTES = {"vae": 60, "decoder": 45, "depth": 25, "judge": 25, "unet": 120, "inpaint": 60, "fillnet": 30}
 RECIPES = {"vae": train_vae, "decoder": lambda *a, **k: train_vae(*a, decoder_only=True, **k), "depth": train_depth,
-           "judge": train_judge, "unet": train_unet, "inpaint": train_inpaint}
+           "judge": train_judge, "unet": train_unet, "inpaint": train_inpaint, "fillnet": train_fillnet}
 
 
 def main(argv=None) -> None:
