@@ -1,15 +1,25 @@
-"""Diffusion in a few functions: q_sample, the DDIM step and its inverse, guidance, sampling, inversion.
+"""Diffusion in a few functions: schedules, q_sample, the posterior, DDPM and DDIM steps, guidance, sampling,
+inversion; and the teaching U-Net of lesson 03 with its simple rooms.
 
 Time is diffusers' integer timestep t; `alphas_cumprod` comes from the pipeline's scheduler, never re-derived.
 Noise levels of 50 steps ("leading" spacing, offset 1): 981, 961, ..., 21, 1 and, after the last
 step, the clean end, whose alpha is `final_alpha_cumprod`.
-Sources: Ho et al. 2020 (DDPM); Song et al. 2021 (DDIM, eq. 12); Ho and Salimans 2022 (guidance).
+Sources: Ho et al. 2020 (DDPM); Nichol and Dhariwal 2021 (cosine schedule); Song et al. 2021 (DDIM, eq. 12);
+Dhariwal and Nichol 2021 (AdaGN); Ho and Salimans 2022 (guidance).
 """
 
+import json
+import math
+import random
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .attention import attention, split_heads
 
 
 # ---------------------------------------------------------------- schedule
@@ -273,3 +283,197 @@ def count_passes(unet):
     finally:
         for handle in handles:
             handle.remove()
+
+
+# ---------------------------------------------------------------- the teaching U-Net
+def timestep_embedding(t, width: int, max_period: float = 10_000.0) -> torch.Tensor:
+    """(B,) timesteps -> (B, width): cosines, then sines, of t at width/2 frequencies from 1 to 1/max_period.
+
+    Equal to diffusers' `Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)`, as in SD.
+    """
+    half = width // 2
+    frequency = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device) / half)
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class AdaGN(nn.Module):
+    """Adaptive group normalisation: GroupNorm(x) (1 + scale) + shift, both read from the embedding of (t, label).
+
+    The linear layer starts at zero, so that it begins as plain group normalisation.
+    """
+
+    def __init__(self, channels: int, width: int, groups: int = 8):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels)
+        self.affine = nn.Linear(width, 2 * channels)
+        nn.init.zeros_(self.affine.weight)
+        nn.init.zeros_(self.affine.bias)
+
+    def forward(self, x, e):
+        scale, shift = self.affine(e)[:, :, None, None].chunk(2, dim=1)
+        return self.norm(x) * (1 + scale) + shift
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut; AdaGN tells the second how noisy the picture is."""
+
+    def __init__(self, c_in: int, c_out: int, width: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = AdaGN(c_out, width)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, e):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h, e)))
+        return self.shortcut(x) + h
+
+
+class SelfAttention(nn.Module):
+    """Lesson 02's attention between all places of a feature map, added to it; it starts as nothing (out = 0)."""
+
+    def __init__(self, channels: int, heads: int = 2):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(8, channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x):
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        q, k, v = (split_heads(y, self.heads) for y in self.qkv(tokens).chunk(3, dim=-1))
+        mixed = attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.out(mixed).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class TeachUNet(nn.Module):
+    """The teaching U-Net: noise prediction on RGB pictures at three resolutions; 0.7 M parameters.
+
+    forward(x (B, 3, H, W) in about [-1, 1], t (B,) or one integer, label (B,) or None) -> noise (B, 3, H, W).
+    label 0 (or None) says nothing; 1 + k asks for kind k of `TEACH_KINDS`. `patch` pixels a side are folded into
+    channels first (patch=2: 64x64x3 -> 32x32x12), which makes it four times as fast. H, W: multiples of 4 patch.
+    """
+
+    def __init__(self, channels=(48, 64, 80), width: int = 96, labels: int = 7, patch: int = 2):
+        super().__init__()
+        self.config = {"channels": list(channels), "width": width, "labels": labels, "patch": patch}
+        c0, c1, c2 = channels
+        self.patch, self.fourier = patch, c1
+        self.time = nn.Sequential(nn.Linear(c1, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = nn.Embedding(labels, width)
+        self.conv_in = nn.Conv2d(3 * patch**2, c0, 3, padding=1)
+        self.down0 = ResBlock(c0, c0, width)
+        self.down1, self.down1_attention = ResBlock(c0, c1, width), SelfAttention(c1)
+        self.down2, self.mid_attention = ResBlock(c1, c2, width), SelfAttention(c2)
+        self.mid = ResBlock(c2, c2, width)
+        self.up1, self.up1_attention = ResBlock(c2 + c1, c1, width), SelfAttention(c1)
+        self.up0 = ResBlock(c1 + c0, c0, width)
+        self.norm_out = nn.GroupNorm(8, c0)
+        self.conv_out = nn.Conv2d(c0, 3 * patch**2, 3, padding=1)
+
+    def embed(self, x, t, label=None) -> torch.Tensor:
+        """(B, width): what AdaGN listens to, the noise level and the label."""
+        t = torch.as_tensor(t, device=x.device).expand(len(x))
+        if label is None:
+            label = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        return F.silu(self.time(timestep_embedding(t, self.fourier)) + self.label(label))
+
+    def forward(self, x, t, label=None):
+        side = 4 * self.patch
+        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % side or x.shape[3] % side:
+            raise ValueError(
+                f"x must be (B, 3, H, W) with sides that are multiples of {side}, but it is {tuple(x.shape)}."
+            )
+        e = self.embed(x, t, label)
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))
+        s0 = self.down0(h, e)  # 1/1: kept for the way up
+        s1 = self.down1_attention(self.down1(F.avg_pool2d(s0, 2), e))  # 1/2: kept as well
+        h = self.mid_attention(self.down2(F.avg_pool2d(s1, 2), e))  # 1/4
+        h = self.mid(h, e)
+        h = self.up1(torch.cat([F.interpolate(h, scale_factor=2), s1], dim=1), e)
+        h = self.up0(torch.cat([F.interpolate(self.up1_attention(h), scale_factor=2), s0], dim=1), e)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
+
+
+def teach_scheduler():
+    """The schedule of the teaching model: cosine, 1000 steps, clean pictures clipped to [-1, 1]; a DDIMScheduler."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2", steps_offset=1, clip_sample=True, set_alpha_to_one=True
+    )
+
+
+def save_teach(model: TeachUNet, folder) -> None:
+    """Write a folder: config.json and half-precision safetensors (about 1.4 MB)."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model.config, indent=1) + "\n")
+    save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+
+
+def load_teach(folder=None, device="cpu") -> TeachUNet:
+    """The shipped teaching model (or that of `folder`): eval, frozen, float32."""
+    from safetensors.torch import load_file
+
+    if folder is None:
+        from . import setup
+
+        folder = setup.data_dir() / "models" / "teach"
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"no teaching model in {folder}: `python -m lib.train teach`, then export it")
+    model = TeachUNet(**json.loads((folder / "config.json").read_text()))
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.float().requires_grad_(False).eval().to(device)
+
+
+# ---------------------------------------------------------------- the teaching pictures
+#: What the simple rooms hold; the label of kind k is 1 + k, and label 0 means "anything".
+TEACH_KINDS = ("ball", "box", "vase", "cone", "chair", "table")
+_TEACH_SIZE = {"ball": 1.75, "box": 1.7, "vase": 1.8, "cone": 1.75, "chair": 1.55, "table": 1.2}
+
+
+def teach_scene(seed: int):
+    """A simple room of the Miniature from a seed: one large thing, one camera, one floor, light from either side.
+
+    Few things vary, so that a small network trained for minutes can learn all of it.
+    """
+    from . import scenes
+
+    rng = random.Random(7919 * seed + 3)
+    kind = rng.choice(TEACH_KINDS)
+    colours = [c for c in scenes.COLOURS if (kind, c) not in scenes.HELD_OUT_PAIRS and c != "white"]
+    floor = rng.uniform(0.45, 0.7)
+    wall = rng.choice(((0.95, 0.86, 0.74), (0.76, 0.86, 0.95), (0.94, 0.78, 0.78), (0.80, 0.92, 0.80)))
+    bright = rng.uniform(0.8, 1.0)
+    wall = tuple(bright * c for c in wall)
+    tiles = (floor, 0.77 * floor, 0.56 * floor)
+    room = scenes.Room(
+        floor="checks", wall="plain", floor_rgb=(tiles, tuple(0.7 * c for c in tiles)), wall_rgb=(wall, wall)
+    )
+    side = rng.choice((-1, 1))
+    sun = scenes.Sun(azimuth=side * rng.uniform(46, 62), elevation=rng.uniform(26, 34), ambient=0.72)
+    thing = scenes.Thing(
+        kind, rng.choice(colours), x=rng.uniform(-0.55, 0.55), z=rng.uniform(2.9, 3.4),
+        size=_TEACH_SIZE[kind] * rng.uniform(0.94, 1.06), turn=rng.uniform(0, 360), shape=rng.random(),
+    )  # fmt: skip
+    return scenes.Scene(seed, room, sun, scenes.Camera(), (thing,))
+
+
+def teach_pictures(n: int, size: int = 64, split: str = "train", start: int = 0, device="cpu") -> tuple:
+    """n simple rooms -> (pictures (n, 3, size, size) in [0, 1], labels (n,) with 1 + index in TEACH_KINDS)."""
+    from . import scenes
+
+    if n < 1 or size < 8:
+        raise ValueError(f"n must be at least 1 and size at least 8, but they are {n} and {size}.")
+    some = [teach_scene(s) for s in scenes.seeds(split, n, start)]
+    labels = torch.tensor([1 + TEACH_KINDS.index(s.things[0].kind) for s in some])
+    return scenes.render(some, size=size, device=device).rgb, labels

@@ -1,4 +1,4 @@
-"""Recipes of the mini models: `python -m lib.train corpus|adopt|vae|decoder|depth|judge|unet|inpaint|fillnet|export|pack|unpack|all`.
+"""Recipes of the mini models: `python -m lib.train corpus|adopt|vae|decoder|depth|judge|unet|inpaint|fillnet|teach|export|pack|unpack|all`.
 
 Every recipe is resumable (checkpoints in .cache/train), keeps an exponential moving average, logs to CSV and runs
 on a CPU or a GPU; `--minutes` and `--steps` bound one call. The corpus is rendered once from training seeds and kept
@@ -347,6 +347,7 @@ def averaged(name: str, **models: torch.nn.Module) -> tuple[dict, dict]:
 
 def _fresh(name: str) -> dict[str, torch.nn.Module]:
     """Untrained models of a run, with the same parameters trainable as in the run."""
+    from .diffusion import TeachUNet
     from .inpaint import FillNet
     from .metrics import Judge
     if name == "unet":
@@ -358,7 +359,7 @@ def _fresh(name: str) -> dict[str, torch.nn.Module]:
         return {"vae": vae}
     return {"vae": lambda: {"vae": make_vae()}, "depth": lambda: {"depth": make_depth()},
             "judge": lambda: {"judge": Judge()}, "inpaint": lambda: {"unet": make_unet(9)},
-            "fillnet": lambda: {"gen": FillNet()}}[name]()
+            "fillnet": lambda: {"gen": FillNet()}, "teach": lambda: {"teach": TeachUNet()}}[name]()
 
 
 def pack(out: Path) -> None:
@@ -795,6 +796,43 @@ def train_fillnet(minutes: float, steps: int, device="cpu", batch: int = 8) -> N
         run.update(_fill_losses(out, x, hole) + weight * fooled, psnr=-10 * mse.log10(), hinge=hinge, fooled=fooled)
 
 
+def teach_corpus(n: int = 2048, size: int = 64, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Simple rooms of the train split for the teaching model, rendered once: uint8 (n,3,size,size) and labels (n,)."""
+    from . import diffusion
+    path = CACHE / f"teach_{size}_{n}.npz"
+    if not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        parts = [diffusion.teach_pictures(min(CHUNK, n - k), size, start=k, device=device)
+                 for k in tqdm(range(0, n, CHUNK), desc="simple rooms", mininterval=5)]
+        rgb, labels = (torch.cat(p).cpu() for p in zip(*parts))
+        tmp = path.with_suffix(".tmp.npz")
+        np.savez(tmp, rgb=(rgb * 255).round().byte().numpy(), labels=labels.numpy())
+        os.replace(tmp, path)
+    with np.load(path) as data:
+        return torch.from_numpy(data["rgb"]), torch.from_numpy(data["labels"])
+
+
+def train_teach(minutes: float, steps: int, device="cpu", batch: int = 16, rooms: int = 2048) -> None:
+    """The teaching U-Net of lesson 03: noise prediction in pixels, the label dropped 15 % for CFG."""
+    from . import diffusion
+    torch.manual_seed(6)
+    model, scheduler = diffusion.TeachUNet(), diffusion.teach_scheduler()
+    run = Run("teach", {"teach": model}, 1.5e-3, minutes, steps, device)
+    rgb, labels = teach_corpus(rooms, device=device)
+    g = torch.Generator().manual_seed(500 + run.step)
+    for _ in run:
+        i = torch.randint(len(rgb), (batch,), generator=g)
+        x0 = rgb[i].float() / 127.5 - 1
+        x0 = torch.where(torch.rand(batch, 1, 1, 1, generator=g) < .5, x0.flip(-1), x0).to(device)
+        label = (labels[i] * (torch.rand(batch, generator=g) > .15)).to(device)
+        noise = torch.randn(x0.shape, generator=g).to(device)
+        t = torch.randint(0, 1000, (batch,), generator=g).to(device)
+        with _autocast(device):
+            out = model(diffusion.q_sample(scheduler, x0, t, noise), t, label).float()
+        each = ((out - noise) ** 2).mean((1, 2, 3))
+        run.update((each * _snr_weight(scheduler, t)).mean(), mse=each.mean())
+
+
 # ---------------------------------------------------------------------------------------------- export
 def _replace_folder(new: Path, folder: Path) -> None:
     if folder.exists():
@@ -827,7 +865,9 @@ _WHAT = {"mini": "Text to image in the Miniature, in the format of a `StableDiff
          "mini-depth": "A small transformers `DPTForDepthEstimation`. It gives *inverse* depth, near = high, like MiDaS: "
                        "metres = inverse_scale / prediction (the constant is in card.json).",
          "judge": "A timm network that scores edits: depth, kind and colour of every pixel. Other architecture and seed than "
-                  "the models it judges."}
+                  "the models it judges.",
+         "teach": "The teaching U-Net of lesson 03 (`lib.diffusion.TeachUNet`): noise prediction in the pixels of simple rooms, 64x64, "
+                  "with a label for the kind of thing. Cosine schedule."}
 
 
 def card_text(name: str, card: dict) -> str:
@@ -905,12 +945,21 @@ def _export_judge(folder: Path) -> None:
     _card(folder, {"judge": info}, parameters=sum(p.numel() for p in model.parameters()))
 
 
+def _export_teach(folder: Path) -> None:
+    from . import diffusion
+    models, info = averaged("teach", teach=diffusion.TeachUNet())
+    diffusion.save_teach(models["teach"], folder)
+    _copy_log("teach", folder)
+    _card(folder, {"teach": info}, labels=["anything", *diffusion.TEACH_KINDS],
+          parameters=sum(p.numel() for p in models["teach"].parameters()))
+
+
 _EXPORT = {"mini": lambda f: _export_pipeline(f, False), "mini-inpaint": lambda f: _export_pipeline(f, True),
-           "mini-depth": _export_depth, "judge": _export_judge}
+           "mini-depth": _export_depth, "judge": _export_judge, "teach": _export_teach}
 #: Minutes of each recipe where neither --minutes nor --steps is given: a sensible evening on two cores.
-MINUTES = {"vae": 60, "decoder": 45, "depth": 25, "judge": 25, "unet": 120, "inpaint": 60, "fillnet": 30}
+MINUTES = {"vae": 60, "decoder": 45, "depth": 25, "judge": 25, "unet": 120, "inpaint": 60, "fillnet": 30, "teach": 60}
 RECIPES = {"vae": train_vae, "decoder": lambda *a, **k: train_vae(*a, decoder_only=True, **k), "depth": train_depth,
-           "judge": train_judge, "unet": train_unet, "inpaint": train_inpaint, "fillnet": train_fillnet}
+           "judge": train_judge, "unet": train_unet, "inpaint": train_inpaint, "fillnet": train_fillnet, "teach": train_teach}
 
 
 def main(argv=None) -> None:
