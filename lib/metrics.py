@@ -23,7 +23,7 @@ __all__ = ["Judge", "JudgeFeatures", "abs_rel", "align_scale_shift", "delta1", "
            "fid",
            "judge_maps", "kid", "mean_iou", "object_present", "occlusion_order", "ordinal_error",
            "paired_bootstrap",
-           "psnr", "rmse", "ssim"]
+           "psnr", "rmse", "seam", "ssim"]
 
 
 # ------------------------------------------------------------------------------------------ the judge
@@ -198,6 +198,33 @@ def feat_dist(judge, a, b, zone=None):
             w = F.adaptive_avg_pool2d(zone.float(), square.shape[-2:]).expand_as(square)
             total = total + (square * w).sum((1, 2, 3)) / w.sum((1, 2, 3))
     return total / len(pairs)
+
+
+def seam(image, fill_mask, width=5):
+    """How much the edge of a filled hole shows: (B,), 0 = no more than its surroundings, in values per pixel.
+
+    The mean jump between neighbouring pixels across the edge of the mask, minus the mean jump between other
+    neighbours in a band of `width` pixels along it (METHOD 4: the jump at the edge against the same band
+    elsewhere). The truth scores about 0, unless things happen to end at the edge: print it beside the
+    others. A filling that is smoother than the picture lowers the second term, so blur shows as well.
+    NaN where the mask has no edge."""
+    if image.ndim != 4 or fill_mask.ndim != 4 or fill_mask.shape[1] != 1 \
+            or fill_mask.shape[-2:] != image.shape[-2:] or len(fill_mask) not in (1, len(image)):
+        raise ValueError(f"give images (B, C, H, W) and masks (B or 1, 1, H, W) of their size; got "
+                         f"{tuple(image.shape)}, {tuple(fill_mask.shape)}")
+    hole = (fill_mask > 0).float().expand(len(image), -1, -1, -1)
+    reach = max(1, width // 2)
+    grow = lambda m: F.max_pool2d(m, 2 * reach + 1, 1, reach)
+    band = grow(hole) * grow(1 - hole)
+    at = lambda x, axis: (x.narrow(axis, 1, x.shape[axis] - 1), x.narrow(axis, 0, x.shape[axis] - 1))
+    across = beside = n_across = n_beside = 0
+    for axis in (2, 3):
+        (a, b), (m, n), (u, v) = at(image.float(), axis), at(hole, axis), at(band, axis)
+        jump, edge, near = (a - b).abs().mean(1, keepdim=True), (m != n).float(), u * v
+        total = lambda x: x.sum((1, 2, 3))
+        across, n_across = across + total(jump * edge), n_across + total(edge)
+        beside, n_beside = beside + total(jump * near * (1 - edge)), n_beside + total(near * (1 - edge))
+    return across / n_across - beside / n_beside
 
 
 # ------------------------------------------------------------------------------------------ sets of pictures
