@@ -32,14 +32,34 @@ def attention(q, k, v, bias=None, return_weights=False):
 
 
 def split_heads(x, heads) -> torch.Tensor:
-    """(B, N, heads * d) -> (B, heads, N, d)."""
+    """(B, N, heads * d) -> (B, heads, N, d): the first d channels belong to the first head, and so on."""
+    if x.shape[-1] % heads:
+        raise ValueError(f"{x.shape[-1]} channels cannot be shared out evenly among {heads} heads.")
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+def merge_heads(x) -> torch.Tensor:
+    """(B, heads, N, d) -> (B, N, heads * d): undoes `split_heads`."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def cost(tokens, heads, head_width, keys=None) -> dict:
+    """What one attention layer has to hold and do for one picture, projections not counted.
+
+    tokens: queries; keys: tokens they look at (as many by default, as in self-attention; 77 words in SD's
+    cross-attention). Returns {"scores": numbers in all score matrices, "multiply_adds": of Q K^T and of weights V}.
+    """
+    scores = heads * tokens * (tokens if keys is None else keys)
+    return {"scores": scores, "multiply_adds": 2 * scores * head_width}
+
+
 # ---------------------------------------------------------------- which layers
+KINDS = {"self": "attn1", "cross": "attn2"}  # diffusers' names: the picture looks at itself; at the words
+
+
 @dataclass(frozen=True)
 class Layer:
-    """One self-attention layer: its place (down, mid, up) and its side as a fraction of the latent's."""
+    """One attention layer: its place (down, mid, up) and its side as a fraction of the latent's."""
 
     name: str
     place: str
@@ -59,10 +79,21 @@ def block_fractions(unet) -> dict:
     return fractions
 
 
-def layers(unet) -> list:
-    """All self-attention layers (`attn1`), in the order in which the U-Net runs them: a list of `Layer`."""
+def grid(layer, size) -> tuple:
+    """Rows and columns of a layer's tokens for a latent of size (h, w): each halving rounds up, as the U-Net's does."""
+    halvings = round(math.log2(1 / layer.fraction))
+    return tuple(math.ceil(side / 2**halvings) for side in size)
+
+
+def layers(unet, kind="self") -> list:
+    """All self-attention layers (`attn1`), in the order in which the U-Net runs them: a list of `Layer`.
+
+    kind="cross": the cross-attention layers (`attn2`), in which the picture looks at the words.
+    """
+    if kind not in KINDS:
+        raise ValueError(f'kind is "self" or "cross", not {kind!r}.')
     fractions = block_fractions(unet)
-    found = [name for name, _ in unet.named_modules() if name.endswith(".attn1")]
+    found = [name for name, _ in unet.named_modules() if name.endswith(f".{KINDS[kind]}")]
     listed = []
     for block, fraction in fractions.items():
         place = block.split("_")[0]
@@ -70,11 +101,11 @@ def layers(unet) -> list:
     return listed
 
 
-def select(unet, which="all") -> list:
+def select(unet, which="all", kind="self") -> list:
     """Choose layers: "all", "down", "mid", "up", a fraction (0.5), a name, a Layer, or a list of these."""
-    known = layers(unet)
+    known = layers(unet, kind)
     if not known:
-        raise ValueError("This U-Net has no self-attention layer (attn1).")
+        raise ValueError(f"This U-Net has no {kind}-attention layer ({KINDS[kind]}).")
     wanted = which if isinstance(which, (list, tuple, set)) else [which]
     if not wanted:
         raise ValueError('The list of layers is empty; use "all", "up", a fraction such as 0.5, or names.')
@@ -87,7 +118,7 @@ def select(unet, which="all") -> list:
     for w in wanted:
         if not any(fits(layer, w) for layer in known):
             raise ValueError(
-                f'No self-attention layer fits {w!r}; known are "all", "down", "mid", "up", the '
+                f'No {kind}-attention layer fits {w!r}; known are "all", "down", "mid", "up", the '
                 f"fractions {sorted({x.fraction for x in known}, reverse=True)} and the names "
                 f"{[x.name for x in known]}."
             )
@@ -99,11 +130,13 @@ def select(unet, which="all") -> list:
 class Bank:
     """Recorded tensors: `store[(timestep, layer name)]` = {"k": (B, N, C), "v": ...}, heads not split.
 
-    B is the number of pictures in the recorded calls. `bytes` says how much memory it takes.
+    B is the number of pictures in the recorded calls. `bytes` says how much memory it takes. size: the latent's
+    (h, w), from which `attention_map` knows each layer's grid.
     """
 
     names: list
     store: dict = field(default_factory=dict)
+    size: tuple = None
 
     @property
     def timesteps(self) -> list:
@@ -121,33 +154,77 @@ class Bank:
             )
         return self.store[t, name]
 
+    def picture(self, i: int) -> "Bank":
+        """The same bank with picture i of the batch alone (no copy is made)."""
+        return Bank(self.names, {key: {p: x[i : i + 1] for p, x in parts.items()} for key, parts in self.store.items()},
+                    self.size)
+
+
+def attention_map(bank, layer, t, query=None, key=None) -> torch.Tensor:
+    """Recorded weights ("w") of one layer as maps over its grid: (B, heads, h, w).
+
+    query: a token; where does this place look? (self-attention; each map sums to 1).
+    key: a token; which places look at it? (a word, in cross-attention; at each place the sum over all words is 1).
+    Raises ValueError when the bank holds no weights, or unless exactly one of query and key is given.
+    """
+    if (query is None) == (key is None):
+        raise ValueError("Give either query= (where does this place look?) or key= (which places look at it?).")
+    parts = bank.at(t, layer.name)
+    if "w" not in parts:
+        raise ValueError(f'The bank holds only {sorted(parts)}; record with what="w" to see the weights.')
+    w, (rows, columns) = parts["w"], grid(layer, bank.size)
+    axis, index = (2, query) if key is None else (3, key)
+    if not 0 <= index < w.shape[axis]:
+        raise ValueError(f"{layer.name} has tokens 0 to {w.shape[axis] - 1} there, not {index}.")
+    flat = w.select(axis, index)
+    if flat.shape[-1] != rows * columns:
+        raise ValueError(f"{layer.name} looks at {flat.shape[-1]} words, not at places: ask with key=.")
+    return flat.unflatten(-1, (rows, columns))
+
+
+def token_at(size, x, y) -> int:
+    """The token of a grid of size (h, w) under the point (x, y): 0 to 1 from the left and from the top."""
+    if not (0 <= x <= 1 and 0 <= y <= 1):
+        raise ValueError(f"x and y run from 0 (left, top) to 1 (right, bottom); they are {x} and {y}.")
+    h, w = size
+    return min(int(y * h), h - 1) * w + min(int(x * w), w - 1)
+
 
 # ---------------------------------------------------------------- the processor
 class TapProcessor:
     """diffusers' AttnProcessor2_0 written out, with a place to read or change q, k and v.
 
     `edit(name, q, k, v, run)` returns the heads' output (B, heads, N, d); `run(k, v)` is plain attention.
+    In a layer named attn2 keys and values are made of the text features: cross-attention.
     """
 
     def __init__(self, name, edit):
         self.name, self.edit, self.calls = name, edit, 0
+        self.cross = name.endswith(KINDS["cross"])
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-        if encoder_hidden_states is not None:
+        if not self.cross and encoder_hidden_states is not None:
             raise RuntimeError(
                 f"{self.name} got text features: the tap belongs on self-attention (attn1) only."
             )
+        if self.cross and encoder_hidden_states is None:
+            raise RuntimeError(f"{self.name} got no text features: this tap belongs on cross-attention (attn2).")
         self.calls += 1
         x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
         grid = x.shape
         if x.ndim == 4:
             x = x.flatten(2).transpose(1, 2)
+        context = encoder_hidden_states
+        if context is not None and attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        keys = x.shape[1] if context is None else context.shape[1]
         if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, x.shape[1], x.shape[0])
+            attention_mask = attn.prepare_attention_mask(attention_mask, keys, x.shape[0])
             attention_mask = attention_mask.view(x.shape[0], attn.heads, -1, attention_mask.shape[-1])
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
-        q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+        context = x if context is None else context
+        q, k, v = attn.to_q(x), attn.to_k(context), attn.to_v(context)
 
         def run(k, v, bias=None, q=q):
             query, key, value = (split_heads(y, attn.heads) for y in (q, k, v))
@@ -159,7 +236,7 @@ class TapProcessor:
             return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
         out = self.edit(self.name, q, k, v, run)
-        out = out.transpose(1, 2).flatten(2).to(q.dtype)
+        out = merge_heads(out).to(q.dtype)
         out = attn.to_out[1](attn.to_out[0](out))
         if len(grid) == 4:
             out = out.transpose(1, 2).reshape(grid)
@@ -232,16 +309,17 @@ def in_window(window, train_steps=1000):
 
 
 @contextmanager
-def record(unet, layers="all", window=(0.0, 1.0), what="kv", device=None, dtype=None, rows=None):
+def record(unet, layers="all", window=(0.0, 1.0), what="kv", device=None, dtype=None, rows=None, kind="self"):
     """Record inside the `with` block; gives a `Bank`. A timestep that comes twice keeps the later call.
 
     what: which of "q", "k", "v" and "w" (the attention weights (B, heads, N, N): large), e.g. "kv".
+    kind: "self" or "cross": with "cross", keys and values are the words', and "w" is (B, heads, N, words).
     device, dtype: where to keep it ("cpu" and torch.float16 spare the card's memory); by default as it is.
     rows: keep only these pictures of the batch (a slice), e.g. the conditional half of a guided call.
     """
     if not what or set(what) - set("qkvw"):
         raise ValueError(f"what may hold the letters q, k, v, w, not {what!r}.")
-    chosen, clock = select(unet, layers), Clock()
+    chosen, clock = select(unet, layers, kind), Clock()
     clock.is_active = in_window(window)
     bank = Bank([layer.name for layer in chosen])
 
@@ -258,6 +336,7 @@ def record(unet, layers="all", window=(0.0, 1.0), what="kv", device=None, dtype=
                     attention(*(split_heads(y, heads) for y in (q, k, v)), return_weights=True)[1]
                 )
             bank.store[clock.t, name] = parts
+            bank.size = clock.shape[-2:]
         return run(k, v)
 
     with tapped(unet, chosen, edit, clock, "record"):
@@ -307,6 +386,7 @@ def inject(unet, source, mask=1.0, strength=1.0, layers="all", window=(0.0, 1.0)
         raise ValueError(f'parts must be "k", "v" or "kv", not {parts!r}.')
     chosen, clock = select(unet, layers), Clock()
     clock.is_active = in_window(window)
+    by_name = {layer.name: layer for layer in chosen}
     fractions = {layer.name: layer.fraction for layer in chosen}
     power = strength if isinstance(strength, dict) else {f: strength for f in set(fractions.values())}
     if any(not 0 <= s <= 1 for s in power.values()):
@@ -321,8 +401,7 @@ def inject(unet, source, mask=1.0, strength=1.0, layers="all", window=(0.0, 1.0)
         """The pooled, strength-scaled masks (S, N, 1) for a layer's grid."""
         key = (name, clock.shape[-2:])
         if key not in cache:
-            steps = round(math.log2(1 / fractions[name]))
-            h, w = (math.ceil(side / 2**steps) for side in clock.shape[-2:])
+            h, w = grid(by_name[name], clock.shape[-2:])
             if h * w != tokens:
                 raise ValueError(f"{name} has {tokens} tokens, but its grid should be {h}x{w}.")
             cache[key] = pool_mask(checked, (h, w)) * power.get(fractions[name], 0.0)
