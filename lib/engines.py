@@ -1,0 +1,296 @@
+"""Who calls lib.batch.one_shard, and where: processes of this machine (`local`), or tasks of Ray (`ray`).
+
+Both only hand out work. What makes a lost worker harmless is on disk (lib.jobs), so both are short.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict, deque
+from dataclasses import asdict
+from pathlib import Path
+
+from lib import batch
+from lib.batch import BROKEN, DONE, NO_OUTPUT, NO_START, STOPPED, USAGE
+from lib.jobs import FINAL, Job, OutputError, Refused, open_job, write_atomic
+
+
+def gpus() -> list[str]:
+    """Names for CUDA_VISIBLE_DEVICES, one a GPU, without importing torch."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name not in ("", "-1")]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
+    return listed.stdout.split() if listed.returncode == 0 else []
+
+
+class Worker:
+    """One worker process that is started again when it dies."""
+    TRIES = 8                   # deaths in a row without one new row
+
+    def __init__(self, job, plan, index, count, cards):
+        self.job, self.plan, self.index, self.count = job, plan, index, count
+        self.card = cards[index % len(cards)] if cards else None
+        self.deaths, self.rows, self.wake, self.code, self.process = 0, -1, 0.0, None, None
+        self.log = job.folder / "log" / f"worker-{socket.gethostname()}-{index}.log"
+
+    def start(self):
+        from lib import setup
+        options, threads = self.plan.options, max(1, setup.cpus() // self.count)
+        device = self.plan.device if self.plan.device != "auto" else "cuda" if self.card is not None else "cpu"
+        here = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
+        env = {**os.environ, "OMP_NUM_THREADS": "1" if self.plan.pin else str(threads), "PYTHONPATH": path,
+               "TOKENIZERS_PARALLELISM": "false"}
+        if self.card is not None:
+            env["CUDA_VISIBLE_DEVICES"] = self.card
+        command = [sys.executable, "-m", "lib.batch", "worker", str(self.job.folder), "--index", str(self.index),
+                   "--of", str(self.count), "--device", device, "--parent", str(os.getpid()), "--root",
+                   self.job.facts["root"], "--pin", str(self.index if self.plan.pin else -1)]
+        for name, value in asdict(options).items():
+            command += [] if name == "parent" else [f"--{name.replace('_', '-')}", str(value)]
+        self.log.parent.mkdir(exist_ok=True)
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                            start_new_session=True)
+
+    def poll(self, rows: int) -> bool:
+        """True while it runs, or will run again."""
+        if self.process is None:
+            if time.time() >= self.wake:
+                self.start()
+            return True
+        code = self.process.poll()
+        if code is None:
+            return True
+        self.process = None
+        if code in (DONE, STOPPED, NO_OUTPUT, NO_START, USAGE):
+            self.code = code
+            return False
+        self.deaths, self.rows = (1 if rows > self.rows else self.deaths + 1), rows
+        if self.deaths >= self.TRIES:
+            self.code = BROKEN
+            return False
+        self.wake = time.time() + min(30, 0.1 * 2 ** self.deaths)
+        return True
+
+    def last_words(self) -> str:
+        with contextlib.suppress(OSError):
+            return self.log.read_text(errors="replace").strip()[-800:]
+        return ""
+
+    def signal(self, number):
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(number)
+
+
+def local(job, plan, progress, stopped) -> int:
+    """One process a device. A worker that dies is started again; the others do not notice."""
+    cards = gpus() if plan.device in ("auto", "cuda") else []
+    count = plan.workers or max(1, len(cards))
+    crew = [Worker(job, plan, index, count, cards) for index in range(count)]
+    running, told = list(crew), 0
+    try:
+        while running:
+            if len(stopped) > told:
+                told = len(stopped)
+                for worker in running:
+                    worker.signal(signal.SIGTERM if told == 1 else signal.SIGKILL)
+            rows = progress.poll()
+            running = [w for w in running if not (stopped and w.process is None) and w.poll(rows)]
+            for worker in running:
+                _watch(job, worker, plan.options.lease)
+            codes = {w.code for w in crew}
+            if codes & {NO_OUTPUT, NO_START, USAGE}:              # no worker will do better
+                for worker in running:
+                    worker.signal(signal.SIGTERM)
+                _wait_for(running)
+                bad = next(w for w in crew if w.code in (NO_OUTPUT, NO_START, USAGE))
+                raise (OutputError if bad.code == NO_OUTPUT else Refused)(bad.last_words())
+            time.sleep(0.25)
+    finally:
+        for worker in running:                                    # an exception here: leave no orphans
+            worker.signal(signal.SIGTERM)
+    if all(w.code == BROKEN for w in crew):
+        print(f"every worker died {Worker.TRIES} times in a row; the last words of one ({crew[0].log}):\n"
+              f"{crew[0].last_words()}", file=sys.stderr)
+    return max((w.code for w in crew if w.code is not None), default=DONE) if any(w.code == BROKEN for w in crew) else DONE
+
+
+def _wait_for(workers, seconds=30):
+    end = time.time() + seconds
+    while any(w.process and w.process.poll() is None for w in workers) and time.time() < end:
+        time.sleep(0.1)
+
+
+def _watch(job, worker, lease):
+    """Kill a worker that holds a claim without a sign of life: it hangs."""
+    if not worker.process or time.time() - getattr(worker, "watched", 0) < 5:
+        return
+    worker.watched = time.time()
+    for path in (job.folder / "claims").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            mine = path.read_text().split()[1] == str(worker.process.pid)
+            if mine and time.time() - path.stat().st_mtime > lease:
+                worker.signal(signal.SIGKILL)
+
+
+def ray(job, plan, progress, stopped) -> int:
+    """One Ray task a shard, on one machine or on the cluster at plan.address (FOLDER must be shared storage there).
+
+    Ray's own retries are off: a task whose node died is handed out again here, with the right to take the dead
+    worker's claim at once. A shard that runs twice is harmless.
+    """
+    import ray as cluster
+    root = str(Path(__file__).resolve().parent.parent)
+    if not cluster.is_initialized():
+        alone = {"include_dashboard": False, "num_cpus": plan.workers or None} if not plan.address else {}
+        cluster.init(address=plan.address or None, log_to_driver=False, **alone)
+    have = cluster.cluster_resources()
+    cards = int(have.get("GPU", 0)) if plan.device in ("auto", "cuda") else 0
+    width = plan.workers or cards or max(1, int(have.get("CPU", 1)))
+    options = asdict(plan.options) | {"parent": 0, "stop_file": str(job.folder / f".stop.{os.getpid()}.tmp")}
+    task = cluster.remote(num_cpus=1, num_gpus=min(1, cards / width) if cards else 0, max_retries=0,
+                      runtime_env={"env_vars": {"PYTHONPATH": root}})(ray_shard)
+    waiting, running, tries = deque(job.pending()), {}, Counter()
+    try:
+        while (waiting or running) and not (stopped and not running):
+            while waiting and len(running) < width and not stopped:
+                number = waiting.popleft()
+                device = "cuda" if cards else "cpu"
+                running[task.remote(str(job.folder.resolve()), job.facts["root"], number, options, device,
+                                    tries[number] > 0)] = number
+            if stopped:
+                Path(options["stop_file"]).touch()
+            ready, _ = cluster.wait(list(running), num_returns=1, timeout=0.5)
+            progress.poll()
+            for ref in ready:
+                number = running.pop(ref)
+                if not _ray_result(cluster, ref, tries, number) and not _past(options["deadline"]):
+                    waiting.append(number)
+    finally:
+        Path(options["stop_file"]).unlink(missing_ok=True)
+    return DONE
+
+
+def _past(deadline) -> bool:
+    return bool(deadline) and time.time() > deadline
+
+
+def _ray_result(cluster, ref, tries, number) -> bool:
+    """Is the shard done? A lost worker or node counts as "not yet"; what no other node can mend is raised."""
+    try:
+        return cluster.get(ref)
+    except Exception as error:
+        cause = getattr(error, "cause", None) or error
+        if isinstance(cause, (OutputError, Refused)):
+            raise cause from error
+        tries[number] += 1
+        if tries[number] >= Worker.TRIES:
+            raise RuntimeError(f"shard {number} failed {Worker.TRIES} times: {batch.explain(cause)}") from error
+        return False
+
+
+_RUNNERS = {}       # in a Ray worker process: the model stays loaded from task to task
+
+
+def ray_shard(folder, root, number, options, device, steal) -> bool:
+    """One shard, in a Ray worker process; True when it is done."""
+    job, options = open_job(folder), batch.Options(**options)
+    job.facts["root"] = root
+    key = (folder, json.dumps(asdict(options), sort_keys=True), device)
+    if key not in _RUNNERS:
+        for old in [_RUNNERS.pop(k) for k in list(_RUNNERS)]:
+            old.close()
+        name = f"{socket.gethostname()}-{os.getpid()}"
+        _RUNNERS[key] = batch.Runner(job.processor(device), options, batch._stopper(options), name)
+    try:
+        batch.one_shard(job, number, _RUNNERS[key], steal)
+    except batch.Poisoned:
+        os._exit(1)                                               # Ray starts a fresh process
+    done = job.shard(number).done.exists()
+    if not done and not _RUNNERS[key].stop():
+        time.sleep(0.2)                                           # somebody else holds it
+    return done
+
+
+# ---------------------------------------------------------------- progress: one bar, from the manifests
+
+class Progress:
+    """Counts final rows by reading only what is new in the manifests; draws one bar; writes status.json."""
+
+    def __init__(self, job: Job, quiet=False):
+        self.job, self.done, self.parts, self.read = job, {}, defaultdict(set), {}
+        self.counts, self.last_write, self.samples = Counter(), 0.0, deque(maxlen=120)
+        self.total, self.seen = len(job.items), -1.0
+        self.poll(first=True)
+        self.bar = None
+        if not quiet:
+            from tqdm.auto import tqdm
+            shown = sys.stderr.isatty() or "ipykernel" in sys.modules
+            self.bar = tqdm(total=self.total, initial=self.rows(), unit="image", mininterval=1, disable=not shown)
+
+    def rows(self) -> int:
+        return sum(self.done.values()) + sum(map(len, self.parts.values()))
+
+    def poll(self, first=False) -> int:
+        """Look at most once a second; returns the number of inputs with a final row."""
+        if time.time() - self.seen < 1 and not first:
+            return self.rows()
+        self.seen = time.time()
+        with contextlib.suppress(FileNotFoundError):
+            for entry in os.scandir(self.job.folder / "manifest"):
+                with contextlib.suppress(OSError):
+                    self._look(entry)
+        self.samples.append((self.seen, self.rows()))
+        if not first:
+            self._show()
+        return self.rows()
+
+    def _look(self, entry):
+        shard = entry.name.split(".")[0]
+        if entry.name.endswith(".done.json"):
+            if shard not in self.done:
+                self.done[shard] = json.loads(Path(entry.path).read_bytes())["count"]
+                self.parts.pop(shard, None)
+        elif entry.name.endswith(".part.jsonl") and shard not in self.done:
+            key = entry.name.replace(".closed.", ".")
+            if entry.stat().st_size > self.read.get(key, 0):
+                with open(entry.path, "rb") as file:
+                    file.seek(self.read.get(key, 0))
+                    new = file.read()
+                whole = new[:new.rfind(b"\n") + 1]
+                self.read[key] = self.read.get(key, 0) + len(whole)
+                for row in map(json.loads, whole.splitlines()):
+                    (self.parts[shard].add if row["status"] in FINAL else self.parts[shard].discard)(row["id"])
+
+    def rate(self) -> float:
+        """Images a second over the last two minutes."""
+        (t0, n0), (t1, n1) = self.samples[0], self.samples[-1]
+        return (n1 - n0) / (t1 - t0) if t1 > t0 else 0.0
+
+    def _show(self):
+        rows, rate = self.rows(), self.rate()
+        if self.bar is not None:
+            self.bar.update(rows - self.bar.n)
+        if self.seen - self.last_write > 5:
+            self.last_write = self.seen
+            left = (self.total - rows) / rate if rate else None
+            state = {"done": rows, "total": self.total, "images_per_second": round(rate, 3), "seconds_left": left,
+                     "time": self.seen}
+            with contextlib.suppress(OutputError):                # the workers will say so
+                write_atomic(self.job.folder / "status.json", json.dumps(state).encode())
+
+    def close(self):
+        self.seen = self.last_write = -9.0
+        self.poll()
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,622 @@
+"""What a batch job keeps on disk, and why a `kill -9` at any moment cannot hurt it (lib.batch does the work).
+
+    inputs.jsonl            the frozen list: one input a line, its place in the list decides its shard
+    run.json                what must not change: processor, settings, weights, hash of the list (the fingerprint)
+    claims/00012            who works on shard 12 now; touched as a sign of life
+    manifest/00012.*.part.jsonl   rows as they come, one file for each try, so that nobody repairs another's file
+    manifest/00012.jsonl    exactly one final row for each input of the shard, in order
+    manifest/00012.done.json      the done mark, written last
+    out/00012/000345-name.png, or shards/00012.tar
+
+A picture is there before its row, so a crash may cost a repeat and never a false "ok". After img2dataset (a row for
+each input, the done mark last) and rename(2), fsync(2) for the commit.
+"""
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import importlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import tarfile
+import time
+import uuid
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+FINAL = ("ok", "bad_input", "nan", "oom", "error")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+DEPTHS = (".png", ".npy", ".tif", ".tiff")
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+LEASE = 600.0               # seconds without a sign of life before another machine takes a claim over
+
+
+class Refused(ValueError):
+    """The job does not fit what was asked: other settings, no such job, not a usable folder."""
+
+
+class BadInput(ValueError):
+    """This input cannot be processed; the message says why."""
+
+
+class OutputError(RuntimeError):
+    """Nothing can be written (disk full, read-only): the worker stops, and no picture is blamed for it."""
+
+
+class Lost(RuntimeError):
+    """Another worker has taken this shard over."""
+
+
+# ---------------------------------------------------------------- files
+
+@contextlib.contextmanager
+def _writing(path):
+    """Turn an error of the file system into one sentence that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        what = "make room there" if full else "make the folder writable"
+        raise OutputError(f"cannot write {path} ({error.strerror or error}): {what} and run the same command again; "
+                          f"nothing finished is lost.") from error
+
+
+def write_atomic(path: Path, data: bytes):
+    """The whole file or nothing: temp file beside it, fsync, rename. OutputError when that is impossible."""
+    temp = path.with_name(f".{path.name[-60:]}.{os.getpid()}.tmp")
+    with _writing(path):
+        try:
+            with open(temp, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temp, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temp.unlink()
+            raise
+
+
+def _sync_folder(folder):
+    """Make renames in it last through a power cut, where the file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a .jsonl file; a last line torn by a crash is dropped. No file: no rows."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines[:-1]:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def _lines(rows) -> bytes:
+    return "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows).encode()
+
+
+def _json(path: Path):
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _alive(pid: int, started: str) -> bool:
+    """Does this very process (not another that got its number) still run?"""
+    return _started(pid) == started != ""
+
+
+def _started(pid: int) -> str:
+    """When a process began, as text; "" for one that is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    except (OSError, IndexError):
+        if os.path.isdir("/proc/self"):
+            return ""
+    import psutil
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return "" if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.2f}"
+    return ""
+
+
+# ---------------------------------------------------------------- the job
+
+def list_inputs(source, depth="", limit=0) -> tuple[list[dict], int]:
+    """Freeze what is to be done: [{id, path, bytes, depth?}] in order, and how many other files were left out.
+
+    source: a folder (searched with its subfolders; symbolic links to folders are not followed), or a text file with
+    one path a line. Everything *named* like a picture is an input, readable or not: what is wrong with it will be in
+    its row. depth: a folder with one depth file for each picture, of the same name but for the suffix.
+    """
+    source, found, others = Path(source), [], 0
+    if source.is_dir():
+        root = source
+        for at, folders, files in os.walk(source):
+            folders.sort()
+            for name in files + folders:
+                if Path(name).suffix.lower() in PICTURES:
+                    found.append(Path(at, name))
+                else:
+                    others += name in files
+    elif source.is_file():
+        root = source.parent
+        found = [root / line for line in source.read_text(encoding="utf8", errors="surrogateescape").splitlines() if line]
+    else:
+        raise Refused(f"There is no input at {source}: give a folder of pictures, a list of paths, or a video.")
+    items = [_item(path, root, depth) for path in sorted(set(found), key=str)]
+    if not items:
+        raise Refused(f"No pictures in {source} (names ending in {', '.join(PICTURES)}).")
+    return items[:limit] if limit else items, others
+
+
+def _item(path, root, depth) -> dict:
+    name = os.path.relpath(path, root).replace(os.sep, "/")
+    item = {"id": name, "path": name, "bytes": -1}
+    with contextlib.suppress(OSError):
+        item["bytes"] = os.stat(path).st_size
+    if depth:
+        places = [(Path(depth) / name).with_suffix(suffix) for suffix in DEPTHS]
+        item["depth"] = str(next((p.resolve() for p in places if p.exists()), ""))
+    return item
+
+
+def seed_of(name: str, base: int = 0) -> int:
+    """The seed of one input: from its id alone, so that no worker, order or restart changes it."""
+    digest = hashlib.blake2b(f"{base}:{name}".encode("utf8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def load_processor(spec: str):
+    """The class behind "edit", "layers", "tint", "module:Class" or "file.py:Class". Refused: no such thing."""
+    from lib import processors
+    if spec in processors.KNOWN:
+        return processors.KNOWN[spec]
+    place, _, name = spec.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            found = importlib.util.spec_from_file_location(Path(place).stem, place)
+            module = sys.modules.setdefault(found.name, importlib.util.module_from_spec(found))
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        return getattr(module, name)
+    except (ImportError, AttributeError, ValueError, OSError) as error:
+        raise Refused(f"No processor '{spec}' ({error}); known: {', '.join(processors.KNOWN)}, or module:Class.") from None
+
+
+@dataclass
+class Job:
+    """One folder: its frozen inputs, its fingerprint, and where its files lie."""
+    folder: Path
+    facts: dict
+    items: list[dict] = field(repr=False)
+
+    @property
+    def shards(self) -> range:
+        return range(-(-len(self.items) // self.facts["fingerprint"]["shard_size"]))
+
+    def shard(self, number: int) -> Shard:
+        return Shard(self, number)
+
+    def processor(self, device="cpu"):
+        return load_processor(self.facts["processor"])(self.facts["settings"], device)
+
+    def pending(self) -> list[int]:
+        """Numbers of the shards without a done mark."""
+        with contextlib.suppress(FileNotFoundError):
+            done = {name.split(".")[0] for name in os.listdir(self.folder / "manifest") if name.endswith(".done.json")}
+            return [n for n in self.shards if f"{n:05d}" not in done]
+        return list(self.shards)
+
+    def rows(self) -> list[dict]:
+        """The final row of every input that has one, at this moment, in the order of the list."""
+        return [row for n in self.shards for row in self.shard(n).final_rows()]
+
+
+def open_job(folder) -> Job:
+    """The job in a folder; Refused when there is none."""
+    folder = Path(folder)
+    facts = _json(folder / "run.json")
+    if not facts:
+        raise Refused(f"{folder} holds no job (no run.json): start one with `run {folder} --input ...`.")
+    return Job(folder, facts, read_rows(folder / "inputs.jsonl"))
+
+
+def open_or_create(folder, source="", process="", settings=None, shard_size=0, pack="", depth="", limit=0,
+                   step=0.1) -> Job:
+    """Continue the job in `folder`, or start one there.
+
+    Only what is given is compared with the job; what differs is refused, with both values. `source` may have moved:
+    the list of its files must still be the same. step: seconds between frames of a video.
+    """
+    folder = Path(folder)
+    if (folder / "run.json").is_file():
+        return _continued(open_job(folder), source, process, settings or {}, shard_size, pack, depth, limit)
+    if not str(source):
+        raise Refused(f"{folder} holds no job yet: say what to work on with --input.")
+    if folder.is_dir() and any(p.name not in ("frames", "inputs.jsonl") and not p.name.endswith(".tmp")
+                               for p in folder.iterdir()):
+        raise Refused(f"{folder} is not empty and holds no job: give a new folder.")
+    process = process or "edit"
+    kind = load_processor(process)
+    settings = kind.complete(settings or {})
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    root, items = _frozen(folder, source, depth, limit, step)
+    shard_size = shard_size or (128 if len(items) >= 2048 else max(8, -(-len(items) // 16)))
+    listed = _lines(items)
+    fingerprint = {"processor": process.rpartition("/")[2], "inputs": _list_hash(items), "shard_size": shard_size,
+                   "pack": pack or "files", **kind.identity(settings), **{f"settings.{k}": v for k, v in settings.items()}}
+    facts = {"processor": process, "settings": settings, "fingerprint": fingerprint, "root": str(root),
+             "created": time.strftime("%Y-%m-%d %H:%M:%S"), "count": len(items)}
+    write_atomic(folder / "inputs.jsonl", listed)
+    write_atomic(folder / "run.json", json.dumps(facts, indent=1).encode())
+    return Job(folder, facts, items)
+
+
+def _frozen(folder, source, depth, limit, step):
+    """(root, items); of a video, its frames, which are written into the job's folder first."""
+    path = Path(source)
+    if path.suffix.lower() in VIDEOS:
+        from lib import video
+        path = video.extract(path, folder / "frames", step)
+    items, others = list_inputs(path, depth, limit)
+    if others:
+        print(f"{others} files in {path} are not named like pictures and were left out.")
+    return (path if path.is_dir() else path.parent).resolve(), items
+
+
+def _list_hash(items) -> str:
+    text = "".join(f"{item['id']}\0{item['bytes']}\0{'depth' in item}\n" for item in items)
+    return hashlib.sha256(text.encode("utf8", "surrogateescape")).hexdigest()[:16]
+
+
+def _continued(job, source, process, settings, shard_size, pack, depth, limit):
+    old, kind = job.facts["fingerprint"], load_processor(process or job.facts["processor"])
+    chosen = kind.complete({**job.facts["settings"], **settings} if kind is load_processor(job.facts["processor"]) else settings)
+    new = {**{k: v for k, v in old.items() if not k.startswith("settings.")}, **kind.identity(chosen)}
+    new |= {f"settings.{k}": v for k, v in chosen.items()}
+    new |= {"processor": (process or job.facts["processor"]).rpartition("/")[2]}
+    new |= {"shard_size": shard_size or old["shard_size"], "pack": pack or old["pack"]}
+    if str(source) and Path(source).is_dir() and str(Path(source).resolve()) != job.facts["root"]:
+        new["inputs"] = _list_hash(list_inputs(source, depth, limit)[0])
+    refuse_difference(old, new, job.folder)
+    if new["inputs"] == old["inputs"] and str(source) and Path(source).is_dir():
+        job.facts["root"] = str(Path(source).resolve())         # the same files may lie elsewhere today
+    return job
+
+
+def refuse_difference(old: dict, new: dict, where):
+    """Refused, with one line for each key whose value changed."""
+    wrong = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    if wrong:
+        lines = [f"  {k}: the job has {old.get(k)!r}, now it would be {new.get(k)!r}" for k in wrong]
+        raise Refused(f"{where} was started with other settings, and half a job of each would be worth nothing:\n"
+                      + "\n".join(lines) + "\nGive a new folder, or the old settings.")
+
+
+# ---------------------------------------------------------------- claims
+
+class Claim:
+    """The right to work on one shard: a file that only one process can create.
+
+    It names host, process and the process's start, so that a dead worker's claim is taken over at once on the same
+    machine, and after `lease` seconds without a sign of life (`beat`) from another. Two workers on one shard can still
+    happen (a worker slept through its lease); it wastes work and harms nothing, and the first one notices (`check`).
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.token = path, f"{socket.gethostname()} {os.getpid()} {_started(os.getpid())} {uuid.uuid4().hex}"
+
+    @classmethod
+    def take(cls, path: Path, lease=LEASE, steal=False) -> Claim | None:
+        """A claim on `path`, or None when somebody who lives holds it. steal: its holder is known to be dead."""
+        claim = cls(path)
+        if not claim._create() and not ((steal or _abandoned(path, lease)) and claim._remove_old() and claim._create()):
+            return None
+        return claim
+
+    def _create(self) -> bool:
+        with _writing(self.path):
+            try:
+                handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            except FileExistsError:
+                return False
+            try:
+                os.write(handle, self.token.encode())
+            finally:
+                os.close(handle)
+        return True
+
+    def _remove_old(self) -> bool:
+        """Only one of several thieves can rename it."""
+        tomb = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            os.rename(self.path, tomb)
+        except FileNotFoundError:
+            return True                 # released meanwhile
+        except OSError:
+            return False
+        tomb.unlink(missing_ok=True)
+        return True
+
+    def beat(self):
+        with contextlib.suppress(OSError):
+            os.utime(self.path)
+
+    def mine(self) -> bool:
+        try:
+            return self.path.read_text() == self.token
+        except OSError:
+            return False
+
+    def check(self):
+        if not self.mine():
+            raise Lost(f"another worker has taken shard {self.path.name} over")
+
+    def release(self):
+        if self.mine():
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+
+
+def _abandoned(path: Path, lease: float) -> bool:
+    try:
+        words, age = path.read_text().split(), time.time() - path.stat().st_mtime
+    except OSError:
+        return False
+    if len(words) != 4:                 # killed between creating the file and writing into it
+        return age > 5
+    host, pid, started, _ = words
+    return age > lease or (host == socket.gethostname() and not _alive(int(pid), started))
+
+
+# ---------------------------------------------------------------- one shard's files
+
+class Shard:
+    """Some inputs in a row, and their files: parts, final manifest, done mark, pictures."""
+
+    def __init__(self, job: Job, number: int):
+        size = job.facts["fingerprint"]["shard_size"]
+        self.job, self.number, self.name = job, number, f"{number:05d}"
+        self.first = number * size
+        self.items = job.items[self.first:self.first + size]
+        self.manifest = job.folder / "manifest"
+        self.final, self.done = self.manifest / f"{self.name}.jsonl", self.manifest / f"{self.name}.done.json"
+        self.out, self.tar = job.folder / "out" / self.name, job.folder / "shards" / f"{self.name}.tar"
+        self.packed = job.facts["fingerprint"]["pack"] == "tar"
+
+    def parts(self) -> list[Path]:
+        return sorted(self.manifest.glob(f"{self.name}.*.part.jsonl"))
+
+    def output_name(self, position: int, suffix: str) -> str:
+        """A safe, unique file name: place in the whole list + what is plain in the input's name."""
+        plain = re.sub(r"[^A-Za-z0-9_.]+", "_", Path(self.items[position]["id"]).stem)[:40].strip("._") or "input"
+        return f"{self.first + position:06d}-{plain}{suffix}"
+
+    def all_rows(self) -> list[dict]:
+        files = [self.final] if self.done.exists() else [self.final, *self.parts()]
+        return [row for path in files for row in read_rows(path)]
+
+    def final_rows(self) -> list[dict]:
+        """At most one row for each input, in order: its latest attempt's."""
+        best = {}
+        for row in self.all_rows():
+            key = lambda r: (r["attempt"], r["status"] in FINAL)
+            if row["status"] in (*FINAL, "retry") and (row["id"] not in best or key(row) > key(best[row["id"]])):
+                best[row["id"]] = row
+        return [best[i["id"]] for i in self.items if best.get(i["id"], {}).get("status") in FINAL]
+
+    def attempts(self) -> dict:
+        """id -> number of the attempt that is due now (1, and one more for each `retry`)."""
+        found = {}
+        for row in self.all_rows():
+            found[row["id"]] = max(found.get(row["id"], 1), row["attempt"])
+        return found
+
+    def deaths(self) -> tuple[Counter, Counter]:
+        """How often a worker died while an input was in flight: with others, alone. (A part closed in good order
+        has "closed" in its name; what another one has started and not finished, its worker took into its death.)"""
+        many, alone, due = Counter(), Counter(), self.attempts()
+        for path in self.parts():
+            for row in [] if ".closed." in path.name else read_rows(path):
+                if row["status"] == "start" and row["attempt"] == due[row["id"]]:
+                    (alone if row["alone"] else many)[row["id"]] += 1
+        return many, alone
+
+    def whole(self, row) -> bool:
+        """Is the picture of an "ok" row where the row says?"""
+        if row["status"] != "ok" or "root" in row:
+            return True
+        try:
+            return (self.out / row["output"]).stat().st_size == row["bytes"]
+        except OSError:
+            return False
+
+    def prepare(self) -> dict:
+        """id -> final row of what is done already. Clears what a crash left behind."""
+        with _writing(self.job.folder):
+            for folder in (self.manifest, self.out, self.tar.parent if self.packed else self.out):
+                folder.mkdir(parents=True, exist_ok=True)
+            for temp in self.out.glob(".*.tmp"):
+                temp.unlink(missing_ok=True)
+        return {row["id"]: row for row in self.final_rows() if self.whole(row)}
+
+    def finish(self, claim: Claim, rows: dict, timing: dict):
+        """Check the count, write the final manifest, then the done mark, then clear away what is not needed."""
+        claim.check()
+        ordered = [rows[item["id"]] for item in self.items]       # KeyError: an input without a row, which must not be
+        kept = {row["output"] for row in ordered if row["status"] == "ok"}
+        for path in self.out.iterdir():
+            if path.name not in kept:
+                path.unlink()
+        if self.packed:
+            self._pack(sorted(p for p in self.out.iterdir()))
+        write_atomic(self.final, _lines(ordered))
+        counts = Counter(row["status"] for row in ordered)
+        write_atomic(self.done, json.dumps({"count": len(ordered), **counts, "timing": timing}).encode())
+        _sync_folder(self.manifest)
+        self.clear()
+
+    def _pack(self, paths):
+        """One tar of the shard's pictures, the same bytes whoever makes it."""
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for path in paths:
+                entry = tarfile.TarInfo(path.name)
+                entry.size = path.stat().st_size
+                with open(path, "rb") as file:
+                    tar.addfile(entry, file)
+        write_atomic(self.tar, buffer.getvalue())
+        _sync_folder(self.tar.parent)
+
+    def clear(self):
+        """What a finished shard needs no more (also after a crash between done mark and here)."""
+        for path in self.parts():
+            path.unlink(missing_ok=True)
+        if self.packed:
+            shutil.rmtree(self.out, ignore_errors=True)
+
+    def read_output(self, row) -> bytes | None:
+        """The picture of a row, from its file, its tar, or the earlier job it came from."""
+        base = Path(row["root"]) if "root" in row else self.job.folder
+        with contextlib.suppress(OSError):
+            return (base / "out" / self.name / row["output"]).read_bytes()
+        with contextlib.suppress(OSError, KeyError, tarfile.TarError), tarfile.open(base / "shards" / f"{self.name}.tar") as tar:
+            return tar.extractfile(row["output"]).read()
+        return None
+
+    def reopen(self, statuses) -> int:
+        """Give inputs with these statuses another attempt; returns how many. Safe to kill: done mark goes last."""
+        rows = self.final_rows()
+        again = [row for row in rows if row["status"] in statuses]
+        if not again:
+            return 0
+        if self.packed and self.done.exists():
+            self.out.mkdir(parents=True, exist_ok=True)
+            for row in rows:
+                if row["status"] == "ok" and "root" not in row:
+                    write_atomic(self.out / row["output"], self.read_output(row))
+        marks = [{"id": row["id"], "status": "retry", "attempt": row["attempt"] + 1} for row in again]
+        write_atomic(self.manifest / f"{self.name}.{uuid.uuid4().hex[:12]}.part.jsonl", _lines(marks))
+        self.done.unlink(missing_ok=True)
+        return len(again)
+
+
+class Part:
+    """The rows of one try at one shard, appended; each append is one write, so only the last line can be torn."""
+
+    def __init__(self, shard: Shard):
+        self.path = shard.manifest / f"{shard.name}.{uuid.uuid4().hex[:12]}.part.jsonl"
+        with _writing(self.path):
+            self.handle = os.open(self.path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+
+    def append(self, rows, sync=False):
+        data = _lines(rows)
+        with _writing(self.path):
+            if os.write(self.handle, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if sync:
+                os.fsync(self.handle)
+
+    def close(self, calm: bool):
+        """calm: nobody died; the inputs in flight are not to blame for anything."""
+        os.close(self.handle)
+        if calm:
+            with contextlib.suppress(OSError):
+                os.rename(self.path, self.path.with_name(self.path.name.replace(".part.", ".closed.part.")))
+
+
+# ---------------------------------------------------------------- earlier sessions
+
+def adopt(job: Job, roots) -> int:
+    """Take over what earlier sessions (read-only copies of their folders) finished; returns how many inputs.
+
+    Their whole shards are pointed to, not copied; of half-done ones the pictures are copied, so that every shard lies
+    in one place. Refused when a session had other settings or inputs.
+    """
+    earlier = [open_job(root) for root in roots]
+    for other in earlier:
+        refuse_difference(job.facts["fingerprint"], other.facts["fingerprint"], other.folder)
+    taken = 0
+    for number in job.pending():
+        shard = job.shard(number)
+        have = shard.prepare()
+        for other in earlier:
+            theirs = other.shard(number)
+            rows = [row for row in theirs.final_rows() if row["id"] not in have]
+            if len(rows) == len(shard.items) and theirs.done.exists():
+                taken += _point_to(shard, theirs, rows, roots)
+                break
+            taken += _copy_rows(shard, theirs, rows)
+            have |= {row["id"]: row for row in rows}
+    return taken
+
+
+def _point_to(shard, theirs, rows, roots) -> int:
+    rows = [{**row, "root": str(_home_of(row, theirs, roots))} for row in rows]
+    write_atomic(shard.final, _lines(rows))
+    counts = Counter(row["status"] for row in rows)
+    write_atomic(shard.done, json.dumps({"count": len(rows), **counts, "timing": {}}).encode())
+    shard.clear()
+    return len(rows)
+
+
+def _home_of(row, theirs, roots) -> Path:
+    """The session that holds the picture: this one, or (in a third session) one that this one pointed to."""
+    if "root" not in row:
+        return theirs.job.folder.resolve()
+    places = [Path(row["root"]), *(Path(root).resolve() for root in roots)]
+    held = [p for p in places if (p / "out" / theirs.name).is_dir() or (p / "shards" / f"{theirs.name}.tar").is_file()]
+    if not held:
+        raise Refused(f"shard {theirs.name} of {theirs.job.folder} lies in {row['root']}, which is not here: give that "
+                      f"session too with --done-root.")
+    return held[0]
+
+
+def _copy_rows(shard, theirs, rows) -> int:
+    copied = []
+    for row in rows:
+        data = theirs.read_output(row) if row["status"] == "ok" else b""
+        if row["status"] == "ok":
+            if data is None or hashlib.blake2b(data, digest_size=12).hexdigest() != row["sha"]:
+                continue
+            write_atomic(shard.out / row["output"], data)
+        copied.append(row)
+    if copied:
+        part = Part(shard)
+        part.append(copied, sync=True)
+        part.close(calm=True)
+    return len(copied)
+
+
+def sweep(job: Job):
+    """Remove temp files whose process is gone, and what finished shards left behind."""
+    for path in [*job.folder.glob(".*.tmp"), *job.folder.glob("*/.*.tmp"), *job.folder.glob("*/*/.*.tmp")]:
+        pid = path.name.split(".")[-2]
+        if not (pid.isdigit() and _started(int(pid))):
+            path.unlink(missing_ok=True)
+    waiting = set(job.pending())
+    for number in job.shards:
+        if number not in waiting:
+            job.shard(number).clear()
