@@ -3,6 +3,7 @@
     python -m lib.benchmark [--scenes 32] [--smoke] [--out DIR] [--mechanisms inject alpha ...] [--model mini]
     python -m lib.benchmark readme      # the README's tables, from the newest stored result
     python -m lib.benchmark models      # measured quality into each mini model's card
+    python -m lib.benchmark ablate      # one choice of FeatGLaC changed at a time, on validation rooms
     python -m lib.benchmark gpu         # an SD-1.5-sized pipeline with random weights on this machine's card
 
 Two tasks. *Insertion*: a cut-out, lit from elsewhere, is put behind what is nearer than `at`. *Compositing*:
@@ -712,6 +713,8 @@ def readme(path=None, folder=None):
     source, summary = newest(folder)
     body = f"{verdict(summary)}\n\n{NOTE}\n\n{markdown(summary)}\n{gpu_line(summary.get('gpu'))}\n"
     _between(path, "benchmark", body)
+    if "<!-- ablation:begin -->" in path.read_text():
+        _between(path, "ablation", ablation_table(stored_ablation()))
     if "<!-- models:begin -->" in path.read_text():
         _between(path, "models", models_table())
     return source
@@ -758,6 +761,87 @@ def _between(path, name, body):
         raise ValueError(f"{path.name} needs a line {begin} and below it a line {end}, around its tables")
     before, rest = text.split(begin)
     _write(path, f"{before}{begin}\n{body.strip()}\n{end}{rest.split(end)[1]}")
+
+
+# ------------------------------------------------------------------------------------------ ablation
+
+#: One choice changed at a time against the defaults of `lib.featglac.Settings` (name -> what is changed).
+VARIANTS = {
+    "as shipped": {},
+    "start: inverted composite": {"start": "composite", "samples": 1},
+    "start: inverted background": {"start": "background", "samples": 1},
+    "noise level 0.3": {"noise_level": 0.3},
+    "noise level 0.7": {"noise_level": 0.7},
+    "guidance 3": {"guidance_scale": 3.0},
+    "guidance 5": {"guidance_scale": 5.0},
+    "plain guidance (empty negative prompt)": {"negative_prompt": ""},
+    "no foreign K/V at all": {"strength": 0.0, "keep": 0.0},
+    "foreign K/V around the object too": {"free": 0.5},
+    "K/V of the object at full strength": {"strength": 1.0},
+    "K alone": {"parts": "k"},
+    "V alone": {"parts": "v"},
+    "one sample": {"samples": 1},
+    "layers noised instead of inverted": {"sources": "noised"},
+    "no anchor outside the ring": {"anchor": 0.0},
+    "residual decoding": {"decode": "residual"},
+    "plain decoding": {"decode": "plain"},
+}
+
+
+def ablate(models, variants=None, scenes_each=12, folder=None, mechanism="inject", tasks=TASKS, progress=True):
+    """Every variant of a mechanism on validation rooms (never the board's): rows, also written to ablation.csv.
+
+    variants: {name: options of `featglac.Settings`}; the first is what the others are compared with."""
+    from tqdm.auto import tqdm
+
+    from lib import setup
+    variants = variants or VARIANTS
+    rows, plain = [], models.settings
+    for task, seed in tqdm([(t, s) for t in tasks for s in scenes.seeds("val", scenes_each)], desc="ablation",
+                           disable=not progress):
+        c = case(task, seed, models.size)
+        for name, options in variants.items():
+            models.settings = replace(plain, options={mechanism: options})
+            done, _, after = edit_case(models, c, mechanism)
+            error = {f"rmse_{z}": float(metrics.rmse(shrink(after), c.truth, c.zones[z])) for z in ("shadow", "shading", "outside")
+                     if c.zones[z].sum() >= LEAST} if models.size == scenes.SIZE else {}
+            rows.append(dict(task=task, seed=seed, mechanism=name, **error, passes=int(done.passes), seconds=float(done.seconds)))
+    models.settings = plain
+    folder = Path(folder) if folder else setup.data_dir() / "benchmark"
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "ablation.csv", _csv(rows))
+    return rows
+
+
+def ablation_table(rows):
+    """Mean error of each variant, and the paired interval of its difference from the first, as Markdown."""
+    lines = []
+    for task in dict.fromkeys(r["task"] for r in rows):
+        by = {}
+        for r in (r for r in rows if r["task"] == task):
+            by.setdefault(r["mechanism"], {})[r["seed"]] = r
+        first = next(iter(by))
+        lines += [f"**{_TITLES[task]}** ({len(by[first])} validation rooms)", "",
+                  _row(["variant", "shadow", "shading", "outside", "passes", f"shadow: difference from *{first}*"]),
+                  _row(["---"] * 6)]
+        for name, mine in by.items():
+            means = [_f(_mean([float(r.get(f"rmse_{z}") or "nan") for r in mine.values()]), 4)
+                     for z in ("shadow", "shading", "outside")]
+            seeds = sorted(mine)
+            d = None if name == first else metrics.paired_bootstrap(
+                *([float(x[s].get("rmse_shadow") or "nan") for s in seeds] for x in (mine, by[first])))
+            lines.append(_row([name, *means, f"{_mean([float(r['passes']) for r in mine.values()]):.0f}",
+                               "" if d is None else f"{d['diff']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]"
+                               + ("" if d["excludes_zero"] else " ~")]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def stored_ablation(folder=None):
+    """The rows of ablation.csv, [] when there is none."""
+    from lib import setup
+    path = (Path(folder) if folder else setup.data_dir() / "benchmark") / "ablation.csv"
+    return list(csv.DictReader(io.StringIO(path.read_text()))) if path.is_file() else []
 
 
 # ------------------------------------------------------------------------------------------ the model cards
@@ -1003,7 +1087,7 @@ def gpu_line(result):
 def _parser():
     p = argparse.ArgumentParser(prog="python -m lib.benchmark",
                                 description="Measure edits against exact truth.")
-    p.add_argument("what", nargs="?", default="run", choices=("run", "readme", "models", "gpu"))
+    p.add_argument("what", nargs="?", default="run", choices=("run", "readme", "models", "gpu", "ablate"))
     p.add_argument("--scenes", type=int, default=32, help="unseen scenes for each task")
     p.add_argument("--steps", type=int, default=None, help="sampling steps (default 50; smoke 4)")
     p.add_argument("--smoke", action="store_true", help="2 scenes and few steps: does it run?")
@@ -1033,6 +1117,12 @@ def _main(args):
         print(f"README written from {readme().name}")
     elif args.what == "models":
         measure_models(args.n, **({"names": tuple(args.names)} if args.names else {}), steps=args.steps or 50)
+    elif args.what == "ablate":
+        chosen = setup.configure(args.model, args.seed, args.smoke)
+        settings = Settings(model=args.model, seed=args.seed, steps=args.steps or (4 if args.smoke else 25))
+        rows = ablate(Models(settings, device=chosen.device, dtype=chosen.dtype), folder=args.out, tasks=args.tasks,
+                      scenes_each=1 if args.smoke else args.scenes)
+        print(ablation_table(rows))
     elif args.what == "gpu":
         store_gpu(gpu(steps=args.steps or 50), args.out)
     else:

@@ -336,3 +336,24 @@ def test_the_command_line_says_what_is_wrong(capsys):
         benchmark.main(["readme"])
     with pytest.raises(SystemExit, match="error: unknown mechanism"):
         benchmark.main(["--mechanisms", "nothing"])
+
+
+def test_ablation_changes_one_choice_at_a_time_and_is_stored(tmp_path, make_pipe):
+    models = benchmark.Models(benchmark.Settings(steps=4), pipe=make_pipe())
+    variants = {"as shipped": {}, "guidance 1": {"guidance_scale": 1.0}}
+    rows = benchmark.ablate(models, variants, 1, tmp_path, tasks=("insertion",), progress=False)
+    assert [r["mechanism"] for r in rows] == ["as shipped", "guidance 1"]
+    assert {scenes.split_of(r["seed"]) for r in rows} == {"val"} and models.settings.options == {}
+    assert rows[1]["passes"] < rows[0]["passes"] and rows[1]["rmse_shadow"] != rows[0]["rmse_shadow"]
+    stored = benchmark.stored_ablation(tmp_path)
+    table = benchmark.ablation_table(stored)
+    assert table == benchmark.ablation_table(rows) and "(1 validation rooms)" in table
+    assert len([line for line in table.splitlines() if line.startswith("| guidance 1 |")]) == 1
+
+
+def test_every_variant_is_a_setting_of_featglac():
+    from dataclasses import replace
+
+    from lib import featglac
+    for options in benchmark.VARIANTS.values():
+        assert replace(featglac.Settings(), **options)
