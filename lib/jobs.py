@@ -293,7 +293,8 @@ def _list_hash(items) -> str:
 
 def _continued(job, source, process, settings, shard_size, pack, depth, limit):
     old, kind = job.facts["fingerprint"], load_processor(process or job.facts["processor"])
-    chosen = kind.complete({**job.facts["settings"], **settings} if kind is load_processor(job.facts["processor"]) else settings)
+    same = (process or job.facts["processor"]).rpartition("/")[2] == old["processor"]
+    chosen = kind.complete({**job.facts["settings"], **settings} if same else settings)
     new = {**{k: v for k, v in old.items() if not k.startswith("settings.")}, **kind.identity(chosen)}
     new |= {f"settings.{k}": v for k, v in chosen.items()}
     new |= {"processor": (process or job.facts["processor"]).rpartition("/")[2]}
@@ -502,7 +503,8 @@ class Shard:
         base = Path(row["root"]) if "root" in row else self.job.folder
         with contextlib.suppress(OSError):
             return (base / "out" / self.name / row["output"]).read_bytes()
-        with contextlib.suppress(OSError, KeyError, tarfile.TarError), tarfile.open(base / "shards" / f"{self.name}.tar") as tar:
+        packed = base / "shards" / f"{self.name}.tar"
+        with contextlib.suppress(OSError, KeyError, tarfile.TarError), tarfile.open(packed) as tar:
             return tar.extractfile(row["output"]).read()
         return None
 
