@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import os
@@ -580,13 +581,17 @@ def mirrored(text: str) -> str:
 
 
 class Latents:
-    """The corpus (rooms in true colours) as scaled latents, each picture also mirrored; encoded once, then cached."""
+    """The corpus (rooms in true colours) as latents, each picture also mirrored; encoded once for each encoder, and kept
+    beside the checkpoints, so that every recipe that follows finds them."""
 
     def __init__(self, vae, device="cpu"):
         self.vae, self.device = vae, device
         self.data = Corpus(wild=False)
-        self.z: list[torch.Tensor] = [torch.empty(0, 4, 16, 16), torch.empty(0, 4, 16, 16)]
-        self.scale = 1.
+        weights = torch.stack([p.double().abs().sum().cpu() for p in vae.encoder.parameters()])
+        self.path = CACHE / f"latents_{hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:12]}.pt"
+        self.z = torch.load(self.path, weights_only=True) if self.path.exists() else [torch.empty(0, 4, 16, 16)] * 2
+        if len(self.z[0]) > len(self.data):
+            raise RuntimeError(f"{self.path.name} holds more pictures than the corpus: remove it, the corpus has changed")
         self.refresh()
 
     def refresh(self) -> None:
@@ -595,13 +600,16 @@ class Latents:
         if not len(new):
             return
         made = [[], []]
-        for i in range(0, len(new), 64):
+        for i in tqdm(range(0, len(new), 64), desc="latents", mininterval=10):
             (rgb,) = self.data.take(torch.tensor(new[i:i + 64]), "rgb")
             for k, x in enumerate((rgb, rgb.flip(-1))):
                 with torch.no_grad(), _autocast(self.device):
                     z = self.vae.encode((x.float() / 127.5 - 1).to(self.device)).latent_dist.mode()
                 made[k].append(z.float().cpu())
         self.z = [torch.cat([old, *m]) for old, m in zip(self.z, made)]
+        tmp = self.path.with_suffix(".tmp")
+        torch.save(self.z, tmp)
+        os.replace(tmp, self.path)
 
     def draw(self, n: int, g: torch.Generator):
         """Scaled latents (n,4,16,16), captions, indices, and whether each is mirrored."""
