@@ -440,7 +440,7 @@ def cheapest_seam(image, candidate, fill_mask, band=8):
     return torch.from_numpy(taken[number])[None, None].float()
 
 
-def poisson(image, candidate, fill_mask):
+def poisson(image, candidate, fill_mask, clamp=True):
     """Inside the mask the candidate's *gradients*, on its border the image's colours (Perez et al. 2003).
 
     One picture each; solves the discrete Poisson equation for each colour. Takes the candidate's light and colour away
@@ -470,7 +470,8 @@ def poisson(image, candidate, fill_mask):
     system = coo_matrix((np.r_[degree, -np.ones(len(rows))], (np.r_[n, rows], np.r_[n, columns]))).tocsc()
     out = known.copy()
     out[inside] = splu(system).solve(right)
-    return torch.from_numpy(out).permute(2, 0, 1)[None].clamp(0, 1).to(image)
+    solved = torch.from_numpy(out).permute(2, 0, 1)[None].to(image)
+    return solved.clamp(0, 1) if clamp else solved
 
 
 def scene_completion(image, fill_mask, library=None, k=4, band=0):

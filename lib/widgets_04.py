@@ -42,11 +42,18 @@ def with_hole(image, fill_mask, colour=1.0):
     return image * (1 - fill_mask) + colour * fill_mask
 
 
+def _framed(x):
+    """A grey frame of one pixel, so that white ends somewhere on a white page."""
+    x = x.clone()
+    x[..., 0, :] = x[..., -1, :] = x[..., :, 0] = x[..., :, -1] = 0.6
+    return x
+
+
 def mask_view(image, kind, area, seed):
     """(PIL picture, text): the picture with the hole, what is known, and the mask itself."""
     m = one_mask(kind, area, seed, image.shape[-2:])
     labels = ["the picture with its hole", "fill_mask: white = 1 = to fill", "m = 1 - fill_mask (papers):\nwhite = 1 = known"]
-    drawn = show.tile([with_hole(image, m), m, masks.known(m)], labels, columns=3)
+    drawn = show.tile([with_hole(image, m), _framed(m), _framed(masks.known(m))], labels, columns=3)
     full = int((m > 0).sum())
     return drawn, f"{kind.replace('_', ' ')}: {full:,} of {m.numel():,} pixels to fill ({full / m.numel():.0%})"
 
