@@ -154,11 +154,6 @@ class Bank:
             )
         return self.store[t, name]
 
-    def picture(self, i: int) -> "Bank":
-        """The same bank with picture i of the batch alone (no copy is made)."""
-        return Bank(self.names, {key: {p: x[i : i + 1] for p, x in parts.items()} for key, parts in self.store.items()},
-                    self.size)
-
 
 def attention_map(bank, layer, t, query=None, key=None) -> torch.Tensor:
     """Recorded weights ("w") of one layer as maps over its grid: (B, heads, h, w).

@@ -284,20 +284,21 @@ def structure_distance(a, b):
 def swapped(pipe, pictures, prompts, steps=25, parts=("k", "v", "kv")):
     """Draw picture 0 again from its own noise, with keys and values of picture 1: {"own", "other", "k", "v", "kv"}.
 
-    pictures (2, 3, H, W), prompts: two texts. Both are inverted (DDIM, lesson 03) while K and V are recorded. "own"
-    and "other" are the two pictures drawn again without any change: what "no swap" looks like.
+    pictures (2, 3, H, W), prompts: two texts. Both are inverted (DDIM, lesson 03). "own" and "other" are the two
+    pictures drawn again without any change, and K and V are recorded while "other" is drawn.
     """
     from lib import diffusion, latents
 
-    with attention.record(pipe.unet) as both:
-        path = diffusion.invert(pipe, latents.encode(pipe, pictures), prompts, steps, refine=1)
+    path = diffusion.invert(pipe, latents.encode(pipe, pictures), prompts, steps, refine=1)
 
     def draw(i):
         return latents.decode(pipe, diffusion.sample(pipe, prompts[i], steps, 1.0, latents=path.noise[i:i + 1])).cpu()
 
-    results = {"own": draw(0), "other": draw(1)}
+    results = {"own": draw(0)}
+    with attention.record(pipe.unet) as bank:
+        results["other"] = draw(1)
     for part in parts:
-        with attention.inject(pipe.unet, both.picture(1), parts=part):
+        with attention.inject(pipe.unet, bank, parts=part):
             results[part] = draw(0)
     return results
 
