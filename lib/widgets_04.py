@@ -33,7 +33,8 @@ def one_mask(kind, area, seed, size):
     if not AREAS[0] <= area <= AREAS[1]:
         raise ValueError(f"area must lie between {AREAS[0]} and {AREAS[1]}, not {area}.")
     generator = torch.Generator("cpu").manual_seed(seed)
-    around = {"centre_box": area, "random_box": (area, area), "irregular": (area, area)}
+    around = {"centre_box": area, "random_box": (area, area), "irregular": (area, area),
+              "hybrid": (0.7 * area, 1.3 * area)}                         # room for a box *and* strokes
     return masks.make(kind, 1, size, generator, area=around.get(kind, (0.85 * area, 1.15 * area)))
 
 
@@ -172,7 +173,7 @@ def thumbs_row(images, size=128):
 
 # ---------------------------------------------------------------- its stored pictures
 
-def mask_strip(image, share=0.2, seeds=(0, 1)):
+def mask_strip(image, share=0.2, seeds=(2, 6)):
     """The mask widget without a kernel: every kind with two seeds. Returns (pictures, labels)."""
     images, labels = [], []
     for seed in seeds:
@@ -205,6 +206,6 @@ def make_figures(folder):
     paths = [show.sheet(*mask_strip(image), folder / "04_masks.png", columns=5)]
     walk = show.to_tensor(walk_view(50, 10, 3)[0])
     paths.append(show.sheet([walk], [""], folder / "04_repaint_walk.png", columns=1))
-    hole = one_mask("hybrid", 0.22, 3, 128)
+    hole = one_mask("hybrid", 0.2, 2, 128)
     paths.append(show.sheet(*method_strip(image, hole, PROMISE), folder / "04_methods.png", columns=4))
     return paths

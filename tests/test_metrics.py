@@ -241,3 +241,28 @@ def test_scenes_without_a_score_are_left_out_of_both():
     assert math.isnan(metrics.paired_bootstrap([1.0], [0.0])["low"])
     with pytest.raises(ValueError, match="same scenes"):
         metrics.paired_bootstrap([1, 2], [1])
+
+
+# ---------------------------------------------------------------------------------------------- the seam
+
+def test_seam_by_hand_and_on_typical_fillings():
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 10:22, 10:22] = 1
+    flat = torch.full((1, 3, 32, 32), 0.4)
+    assert float(metrics.seam(flat, mask)) == 0
+    assert float(metrics.seam(flat + 0.2 * mask, mask)) == pytest.approx(0.2)     # only the edge jumps, by 0.2
+    ramp = torch.linspace(0, 1, 32).expand(1, 3, 32, 32)
+    assert abs(float(metrics.seam(ramp, mask))) < 2e-3                            # the same slope everywhere
+    noise = pictures(1, 32)
+    assert abs(float(metrics.seam(noise, mask))) < 0.06                           # no edge among jumps everywhere
+    assert float(metrics.seam(noise * (1 - mask) + 2 * mask, mask)) > 0.5
+
+
+def test_seam_of_batches_and_its_errors():
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 4:9, 4:9] = 1
+    two = pictures(2, 16)
+    assert torch.allclose(metrics.seam(two, mask), torch.cat([metrics.seam(x[None], mask) for x in two]))
+    assert torch.isnan(metrics.seam(two[:1], mask * 0)).all()
+    with pytest.raises(ValueError, match="masks"):
+        metrics.seam(two, mask[..., :8])

@@ -1,0 +1,235 @@
+"""Lesson 04: its form beyond the common one, its pictures, its exercises, its widgets, and its promises."""
+import re
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+
+from lib import checks, diffusion, inpaint, masks, scenes, setup, show, widgets_04
+
+PATH = Path(__file__).resolve().parents[1] / "notebooks" / "04_inpainting.ipynb"
+LESSON = nbformat.read(PATH, as_version=4)
+CODE = {c.id: c.source for c in LESSON.cells if c.cell_type == "code"}
+WORDS = "\n".join(c.source for c in LESSON.cells if c.cell_type == "markdown")
+ANSWERS = {
+    "composite_hole": "return image * (1 - fill_mask) + filled * fill_mask",
+    "hole_psnr": "square = ((filled - truth) ** 2 * fill_mask).sum((1, 2, 3))\n"
+                 "    return -10 * (square / (3 * fill_mask.sum((1, 2, 3)))).log10()",
+    "patch_distances": "s = patch.shape[-1]\n    out = torch.full(allowed.shape, float('inf'))\n"
+                       "    for y, x in allowed.nonzero().tolist():\n"
+                       "        out[y, x] = ((patch - picture[:, y:y + s, x:x + s]) ** 2).sum()\n    return out",
+    "put_known_back": "a = alphas_cumprod[t - 1]\n    known = a ** 0.5 * x0 + (1 - a) ** 0.5 * noise\n"
+                      "    return known * (1 - fill_mask) + x_prev * fill_mask",
+    "jump_forward": "r = alphas_cumprod[t] / alphas_cumprod[s]\n    return r ** 0.5 * x + (1 - r) ** 0.5 * noise",
+}
+
+
+# ---------------------------------------------------------------- form
+
+def test_the_parts_of_a_lesson_are_there():
+    order = ["**You will be able to**", "**Before this**", "**Minutes**", "**On a GPU**", "Settings, rooms and holes",
+             "Which value means", "How good is a filling", "Smooth it over", "Copy from the same picture", "Copy from another picture",
+             "Learn it: one network", "hold the known part", "RePaint's jumps", "Diffusion in latents", "One table",
+             "### Where each fails", "Your turn", "Recap", "The same with Stable Diffusion", "Further reading", "**Errata.**"]
+    places = [WORDS.index(part) for part in order]
+    assert places == sorted(places)
+    assert len(re.findall(r"<details><summary>.+?</summary>.+?</details>", WORDS, re.S)) == 3
+    assert WORDS.count("**(!)**") >= 4                     # the convention, the clean paste, the cut, the confound, the stride
+
+
+def test_every_result_has_a_line_on_what_to_notice():
+    cells = LESSON.cells
+    for i, cell in enumerate(cells):
+        if cell.cell_type == "code" and re.search(r"show\.(pictures|table)\(|_explorer\(|error_curve\(", cell.source):
+            rest = []
+            for later in cells[i + 1:]:
+                if later.cell_type == "markdown":
+                    if re.match(r"## ", later.source):
+                        break
+                    rest.append(later.source)
+            assert any("What to notice" in text for text in rest), f"cell {cell.id} has no line on what to notice"
+
+
+def test_cells_are_short_and_named():
+    for name, source in CODE.items():
+        assert re.fullmatch(r"[a-z][a-z0-9-]+", name)
+        if name != "setup":
+            assert len(source.splitlines()) <= 16, f"cell {name} is long"
+            assert max(map(len, source.splitlines())) <= 122, f"cell {name} has a long line"
+
+
+def test_stored_pictures_exist_and_are_small():
+    names = re.findall(r'show\.figure\("(.+?)", alt="', "\n".join(CODE.values()))
+    assert set(names) == {"04_methods", "04_masks", "04_repaint_walk"}
+    for name in names:
+        path = setup.figures_dir() / f"{name}.png"
+        assert path.is_file(), f"{path.name} is missing: make figures"
+        assert path.stat().st_size <= show.MAX_FIGURE_BYTES
+
+
+def test_the_figures_show_the_lessons_own_rooms():
+    parameters = setup.notebook_parameters(PATH)
+    assert {k: parameters[k] for k in widgets_04.EXAMPLE} == widgets_04.EXAMPLE
+    assert scenes.split_of(parameters["FIRST"]) == "test"
+    with pytest.raises(ValueError, match="FIRST must be a test seed"):
+        widgets_04.rooms(1, first=5)
+
+
+def test_every_kind_and_every_method_is_in_the_table():
+    for name in inpaint.METHODS:
+        assert f'"{name}": ' in CODE["table-run"], name
+    kinds, m = widgets_04.holes(2, 64, torch.Generator().manual_seed(0))
+    assert len(kinds) == len(m) == 10 and set(kinds) == set(masks.KINDS)
+    for word in ("PSNR", "SSIM", "feat_dist", "seam", "seconds"):
+        assert word in CODE["table"] + CODE["measure"]
+
+
+# ---------------------------------------------------------------- exercises
+
+@pytest.mark.parametrize("number, name", enumerate(ANSWERS, 1))
+def test_untouched_exercise_says_not_attempted_yet(number, name, capsys):
+    exec(CODE[f"ex{number}-code"], {"check": checks.check})
+    assert f"[todo] {name}: not attempted yet" in capsys.readouterr().out
+    assert checks.RESULTS[name].status == "todo"
+
+
+@pytest.mark.parametrize("number, name", enumerate(ANSWERS, 1))
+def test_a_right_answer_written_into_the_cell_passes(number, name, capsys):
+    source = CODE[f"ex{number}-code"]
+    assert source.count("    ...\n") == 1
+    exec(source.replace("    ...\n", f"    {ANSWERS[name]}\n"), {"check": checks.check, "torch": torch})
+    assert f"[ok] {name}" in capsys.readouterr().out
+
+
+def test_exercises_name_minutes_and_difficulty_and_have_four_wrong_answers():
+    heads = re.findall(r"^### Exercise (\d) · .+\((\d+) minutes, (easy|medium|hard).*\)$", WORDS, re.M)
+    assert [head[0] for head in heads] == ["1", "2", "3", "4", "5"]
+    assert all(len(checks.find(name).wrongs) >= 4 for name in ANSWERS)
+
+
+# ---------------------------------------------------------------- build it: the notebook's versions are the library's
+
+class FakeRun:
+    smoke, size = True, 64
+
+    def generator(self, offset=0):
+        return torch.Generator("cpu").manual_seed(11 + offset)
+
+
+def run_cells(*names, **space):
+    for name in names:
+        exec(CODE[name], space)
+    return space
+
+
+def test_the_notebooks_patchmatch_is_the_librarys():
+    """The cells hold the assertions themselves; here with another picture, seed and hole."""
+    image = scenes.render(diffusion.teach_scene(20000123), size=64).rgb
+    space = run_cells("pm-exhaustive", "pm-scratch", "pm-moves", "pm-run", torch=torch, F=torch.nn.functional,
+                      masks=masks, inpaint=inpaint, run=FakeRun(), image=image)
+    assert space["gaps"][-1] < space["gaps"][0] and space["gaps"][-1] < 2
+    assert (space["d"] >= space["best"] - 1e-4).all()
+
+
+def test_the_notebooks_repaint_step_and_jump_are_the_librarys():
+    schedule = diffusion.teach_scheduler()
+    space = run_cells("step", torch=torch, diffusion=diffusion, levels=diffusion.ddim(schedule, 25))
+    exec(CODE["jump"].split("\n\nstride")[0], space)
+    x, x0, output = (torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(k)) for k in range(3))
+    hole, g = masks.random_box(2, 16, FakeRun().generator()), FakeRun().generator
+    for t in (961, 481, 41, 1):
+        mine = space["reverse_step"](output, t, x, x0, 1 - hole, g())
+        assert torch.equal(mine, inpaint.repaint_step(space["levels"], output, t, x, x0, hole, g()))
+    assert torch.equal(space["up"](x, range(9, 30), g()), inpaint.forward_jump(space["levels"], x, range(9, 30), g()))
+
+
+def test_no_cell_writes_again_what_the_library_has():
+    defined = set(re.findall(r"^def (\w+)", "\n".join(CODE.values()), re.M))
+    assert defined == {"ready", "use_folder", "install", "find_course", "score", "row", "distance", "better", "propagate",
+                       "random_search", "cut_cost", "reverse_step", "up", *ANSWERS}
+
+
+# ---------------------------------------------------------------- widgets
+
+@pytest.fixture(scope="module")
+def room():
+    return scenes.render(widgets_04.rooms(1), size=64).rgb
+
+
+@pytest.mark.parametrize("kind", masks.KINDS)
+@pytest.mark.parametrize("area, seed", [(0.05, 0), (0.2, 0), (0.5, 30)])
+def test_mask_view_at_min_default_max(room, kind, area, seed):
+    drawn, text = widgets_04.mask_view(room, kind, area, seed)
+    share = float(re.search(r"\((\d+)%\)", text).group(1)) / 100
+    assert drawn.width > 3 * 64 and np.asarray(drawn).std() > 10
+    assert 0.7 * area - 0.01 <= share <= 1.3 * area + 0.01 and "pixels to fill" in text
+    with pytest.raises(ValueError, match="area must lie"):
+        widgets_04.mask_view(room, kind, 0.9, seed)
+
+
+@pytest.mark.parametrize("length, times", [(1, 1), (10, 3), (25, 10)])
+def test_walk_view_at_min_default_max(length, times):
+    drawn, text = widgets_04.walk_view(50, length, times)
+    levels = widgets_04.walk_levels(50, length, times)
+    assert drawn.width > 600 and levels[0] == 50 and levels[-1] == 0
+    assert all(abs(a - b) == 1 for a, b in zip(levels, levels[1:]))
+    passes = sum(b < a for a, b in zip(levels, levels[1:]))
+    assert f"{passes} passes" in text and (passes == 50) == (times == 1)
+
+
+@pytest.fixture
+def explorer(room):
+    image, m = room.expand(3, -1, -1, -1), masks.random_box(3, 64, torch.Generator().manual_seed(0))
+    results = {"grey": inpaint.grey(image, m)[:, None], "random": torch.rand(3, 4, 3, 64, 64)}
+    return widgets_04.results_explorer(image, m, ["random_box"] * 3, results)
+
+
+def test_results_explorer_follows_its_controls(explorer):
+    hole, method, sample, text, picture = explorer.children
+    seen = {picture.value}
+    for change in (lambda: setattr(sample, "value", sample.max), lambda: setattr(hole, "value", 2),
+                   lambda: setattr(method, "value", "grey")):
+        change()
+        seen.add(picture.value)
+        assert "PSNR in the hole" in text.value
+    assert len(seen) == 4 and "grey" in text.value
+    with pytest.raises(ValueError, match="N = 2"):
+        widgets_04.results_explorer(torch.rand(2, 3, 64, 64), torch.rand(2, 1, 64, 64), ["a"] * 2,
+                                    {"x": torch.rand(3, 1, 3, 64, 64)})
+
+
+def test_shells_move_with_their_controls(room):
+    box = widgets_04.mask_explorer(room)
+    kind, area, seed, text, picture = box.children
+    before = picture.value
+    kind.value, area.value, seed.value = "centre_box", 0.25, 3
+    assert picture.value != before and "centre box" in text.value
+    length, times, text, picture = widgets_04.walk_explorer().children
+    before, times.value = picture.value, 1
+    assert picture.value != before and "50 passes" in text.value
+
+
+def test_mask_strip_and_offsets(room):
+    images, labels = widgets_04.mask_strip(room)
+    assert len(images) == len(labels) == 10
+    field = torch.arange(30)
+    assert torch.equal(widgets_04.offsets(field, (5, 6)), torch.full((1, 3, 5, 6), 0.5))
+
+
+def test_method_strip_with_methods_that_need_no_model(room):
+    images, labels = widgets_04.method_strip(room, masks.centre_box(1, 64, area=0.1), {"smear": ("telea", None)})
+    assert labels == ["the hole", "smear", "the truth"] and len(images) == 3
+
+
+# ---------------------------------------------------------------- runs
+
+@pytest.mark.slow
+def test_lesson_04_runs_with_other_parameters(tmp_path):
+    given = {"SMOKE": True, "SEED": 5, "FIRST": 20001000}
+    out = setup.run_notebook(PATH, tmp_path / "04.ipynb", given, timeout=600)
+    cells = nbformat.read(out, 4).cells
+    assert sum("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", [])) > 10
+    with pytest.raises(ValueError, match="has no parameter STEP"):
+        setup.run_notebook(PATH, tmp_path / "x.ipynb", {"STEP": 3})
