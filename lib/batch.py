@@ -135,11 +135,14 @@ class Runner:
         begin = time.perf_counter()
         path = Path(self.at.job.facts["root"], item["path"])
         try:
+            if not path.exists():
+                raise BadInput("the file is gone, or it is a link that leads nowhere")
             if item["bytes"] >= 0 and path.is_file() and path.stat().st_size != item["bytes"]:
                 raise BadInput(f"the file has changed since the list was frozen ({item['bytes']} bytes then)")
             return self.processor.decode({**item, "path": str(path)}), None, time.perf_counter() - begin
         except Exception as error:
-            return None, Outcome("bad_input", message=explain(error)), time.perf_counter() - begin
+            text = explain(error).replace(str(path), "the file")  # the same words for the same fault: countable
+            return None, Outcome("bad_input", message=text), time.perf_counter() - begin
 
     def _infer(self, loaded):
         """[(item, decoded, outcome, seconds)] -> [(item, seconds, Outcome)]; each exactly once."""
@@ -376,10 +379,9 @@ def run(job: Job, plan: Plan) -> int:
     """
     from lib import engines
     sweep(job)
-    progress = engines.Progress(job, plan.quiet)
     if not job.pending():
-        progress.close()
         return DONE
+    progress = engines.Progress(job, plan.quiet)
     if plan.max_seconds:
         plan.options.deadline = time.time() + plan.max_seconds
     stopped = []

@@ -228,7 +228,7 @@ class Progress:
     """Counts final rows by reading only what is new in the manifests; draws one bar; writes status.json."""
 
     def __init__(self, job: Job, quiet=False):
-        self.job, self.done, self.parts, self.read = job, {}, defaultdict(set), {}
+        self.job, self.done, self.open, self.read = job, {}, defaultdict(dict), {}
         self.counts, self.last_write, self.samples = Counter(), 0.0, deque(maxlen=120)
         self.total, self.seen = len(job.items), -1.0
         self.poll(first=True)
@@ -239,7 +239,7 @@ class Progress:
             self.bar = tqdm(total=self.total, initial=self.rows(), unit="image", mininterval=1, disable=not shown)
 
     def rows(self) -> int:
-        return sum(self.done.values()) + sum(map(len, self.parts.values()))
+        return sum(self.done.values()) + sum(final for best in self.open.values() for _, final in best.values())
 
     def poll(self, first=False) -> int:
         """Look at most once a second; returns the number of inputs with a final row."""
@@ -260,8 +260,8 @@ class Progress:
         if entry.name.endswith(".done.json"):
             if shard not in self.done:
                 self.done[shard] = json.loads(Path(entry.path).read_bytes())["count"]
-                self.parts.pop(shard, None)
-        elif entry.name.endswith(".part.jsonl") and shard not in self.done:
+                self.open.pop(shard, None)
+        elif entry.name.endswith(".jsonl") and shard not in self.done:
             key = entry.name.replace(".closed.", ".")
             if entry.stat().st_size > self.read.get(key, 0):
                 with open(entry.path, "rb") as file:
@@ -269,8 +269,11 @@ class Progress:
                     new = file.read()
                 whole = new[:new.rfind(b"\n") + 1]
                 self.read[key] = self.read.get(key, 0) + len(whole)
+                best = self.open[shard]
                 for row in map(json.loads, whole.splitlines()):
-                    (self.parts[shard].add if row["status"] in FINAL else self.parts[shard].discard)(row["id"])
+                    if row["status"] != "start":
+                        now = (row["attempt"], row["status"] in FINAL)
+                        best[row["id"]] = max(best.get(row["id"], now), now)
 
     def rate(self) -> float:
         """Images a second over the last two minutes."""

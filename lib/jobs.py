@@ -563,7 +563,7 @@ def adopt(job: Job, roots) -> int:
     taken = 0
     for number in job.pending():
         shard = job.shard(number)
-        have = shard.prepare()
+        have = {row["id"]: row for row in shard.final_rows() if shard.whole(row)}
         for other in earlier:
             theirs = other.shard(number)
             rows = [row for row in theirs.final_rows() if row["id"] not in have]
@@ -576,6 +576,8 @@ def adopt(job: Job, roots) -> int:
 
 
 def _point_to(shard, theirs, rows, roots) -> int:
+    with _writing(shard.manifest):
+        shard.manifest.mkdir(parents=True, exist_ok=True)
     rows = [{**row, "root": str(_home_of(row, theirs, roots))} for row in rows]
     write_atomic(shard.final, _lines(rows))
     counts = Counter(row["status"] for row in rows)
@@ -598,6 +600,7 @@ def _home_of(row, theirs, roots) -> Path:
 
 def _copy_rows(shard, theirs, rows) -> int:
     copied = []
+    shard.prepare()
     for row in rows:
         data = theirs.read_output(row) if row["status"] == "ok" else b""
         if row["status"] == "ok":
@@ -618,7 +621,8 @@ def sweep(job: Job):
         pid = path.name.split(".")[-2]
         if not (pid.isdigit() and _started(int(pid))):
             path.unlink(missing_ok=True)
-    waiting = set(job.pending())
-    for number in job.shards:
-        if number not in waiting:
-            job.shard(number).clear()
+    waiting = {f"{number:05d}" for number in job.pending()}
+    for path in [*job.folder.glob("manifest/*.part.jsonl"), *job.folder.glob("out/*")]:
+        name = path.name.split(".")[0]
+        if name not in waiting and name.isdigit() and (path.suffix or job.facts["fingerprint"]["pack"] == "tar"):
+            job.shard(int(name)).clear()

@@ -72,7 +72,7 @@ class Troubled(Tint):
     def infer(self, inputs, seeds, precise=False):
         numbers = [number for number, _ in inputs]
         time.sleep(self.settings["slow"] * len(numbers))
-        if any(n % 1009 == 500 for n in numbers):                 # a decoder or a driver that crashes
+        if any(n % 5003 == 500 for n in numbers):                 # a decoder or a driver that crashes
             os.kill(os.getpid(), signal.SIGSEGV)
             time.sleep(5)
         if any(n % 97 == 10 for n in numbers) and len(numbers) > 4 or any(n % 997 == 11 for n in numbers):
@@ -98,7 +98,7 @@ def make_inputs(folder: Path, count: int, size=24):
 
 def expected(n: int) -> str:
     """The final status of picture n."""
-    rules = [(n % 211 == 30, "bad_input"), (n % 1009 == 500, "error"), (n % 997 == 11, "oom"), (n % 499 == 20, "nan")]
+    rules = [(n % 211 == 30, "bad_input"), (n % 5003 == 500, "error"), (n % 997 == 11, "oom"), (n % 499 == 20, "nan")]
     return next((status for is_so, status in rules if is_so), "ok")
 
 
@@ -223,8 +223,10 @@ def main() -> int:
     parser.add_argument("--pack", choices=("files", "tar"), default="files")
     parser.add_argument("--slow", type=float, default=0.002, help="seconds of pretended work for each picture")
     parser.add_argument("--shard-size", type=int, default=0)
+    parser.add_argument("--pause", type=float, nargs=2, default=(0.4, 1.6), help="seconds between kills, from and to")
     args = parser.parse_args()
-    wrong, _ = drill(args.images, args.kills, args.folder, args.seed, args.pack, args.slow, args.shard_size)
+    wrong, _ = drill(args.images, args.kills, args.folder, args.seed, args.pack, args.slow, args.shard_size,
+                     args.pause, lambda text: print(text, flush=True))
     print("\n".join(wrong[:20]) or "nothing lost, nothing twice, nothing torn, nothing left over, every picture the same")
     return bool(wrong)
 
