@@ -27,12 +27,14 @@ register(Check(
            "image * (1 - fill_mask) + filled * fill_mask"],
     wrongs=[
         Wrong("mask inverted", lambda image, filled, m: image * m + filled * (1 - m),
-              "the mask is inverted: you keep the picture where it should be filled. Here 1 = TO FILL; in the papers' "
+              "the mask is inverted: you keep the picture where it should be filled. Here 1 = TO FILL; in "
+              "the papers' "
               "formulas m is 1 where the picture is KNOWN, which is 1 - fill_mask."),
         Wrong("hole only", lambda image, filled, m: filled * m,
               "outside the hole your result is black: add the known part, image * (1 - fill_mask)."),
         Wrong("added on top", lambda image, filled, m: image + filled * m,
-              "you add the filling on top of what stands in the hole: the picture must be multiplied by 1 - fill_mask "
+              "you add the filling on top of what stands in the hole: the picture must be multiplied by 1 - "
+              "fill_mask "
               "first."),
         Wrong("filled everywhere", lambda image, filled, m: filled,
               "you return the filling everywhere: known pixels must stay exactly as they were."),
@@ -64,39 +66,48 @@ def _mse(filled, truth, m):
 
 
 register(Check(
-    name="hole_psnr", reference=hole_psnr, cases=_psnr_cases, source="lib.checks_04:hole_psnr lib.metrics:psnr lib.metrics:rmse",
+    name="hole_psnr", reference=hole_psnr, cases=_psnr_cases,
+    source="lib.checks_04:hole_psnr lib.metrics:psnr lib.metrics:rmse",
     praise="Right: the mean runs over the hole alone, so a small hole cannot hide behind a large known part.",
     hints=["PSNR = -10 log10(MSE) for pictures with values up to 1. Which pixels belong into this MSE?",
            "Sum (squared error * fill_mask), then divide by how many values that were.",
-           "The mask has one channel, the picture three: average over the channels first, or divide by 3 * mask.sum()."],
+           "The mask has one channel, the picture three: average over the channels first, or divide by 3 * "
+           "mask.sum()."],
     wrongs=[
         Wrong("whole picture", lambda f, t, m: -10 * (f - t).square().mean((1, 2, 3)).log10(),
-              "you average over the WHOLE picture, so known pixels, which are right anyway, dilute the error: a small "
+              "you average over the WHOLE picture, so known pixels, which are right anyway, dilute the "
+              "error: a small "
               "hole then always looks good. Divide by the pixels of the hole."),
         Wrong("hole over all", lambda f, t, m: -10 * ((f - t).square() * m).mean((1, 2, 3)).log10(),
-              "the error is summed over the hole but divided by all pixels of the picture: divide by fill_mask.sum()."),
+              "the error is summed over the hole but divided by all pixels of the picture: divide by "
+              "fill_mask.sum()."),
         Wrong("mask inverted", lambda f, t, m: -10 * _mse(f, t, 1 - m).log10(),
-              "you measure the known part: 1 means to fill, so weight with fill_mask, not with 1 - fill_mask."),
+              "you measure the known part: 1 means to fill, so weight with fill_mask, not with 1 - "
+              "fill_mask."),
         Wrong("channels", lambda f, t, m: -10 * (3 * _mse(f, t, m)).log10(),
-              "you sum over the three channels but divide by the number of PIXELS: that is 4.77 dB too low. Divide by "
+              "you sum over the three channels but divide by the number of PIXELS: that is 4.77 dB too low. "
+              "Divide by "
               "3 * fill_mask.sum(), or average over the channels first."),
         Wrong("no square", lambda f, t, m: -10 * _mse(f, t, m).sqrt().log10(),
-              "this is half of the PSNR: the logarithm is of the mean SQUARED error, without the root (or take "
+              "this is half of the PSNR: the logarithm is of the mean SQUARED error, without the root (or "
+              "take "
               "-20 log10 of the root)."),
         Wrong("natural logarithm", lambda f, t, m: -10 * _mse(f, t, m).log(),
               "decibels use the logarithm to base 10: log10, not log."),
         Wrong("sign", lambda f, t, m: 10 * _mse(f, t, m).log10(),
-              "the sign is wrong: a small error should give a LARGE value, so there is a minus before the logarithm."),
+              "the sign is wrong: a small error should give a LARGE value, so there is a minus before the "
+              "logarithm."),
     ]))
 
 
 # ---------------------------------------------------------------- 3. how far is every patch
 
 def patch_distances(patch, picture, allowed):
-    """Squared distance of one patch (3, s, s) to every patch of a picture (3, H, W): (h, w), h = H - s + 1, w = W - s + 1.
+    """Squared distance of one patch (3, s, s) to every patch of a picture (3, H, W): (h, w), h = H - s + 1, w
+    = W - s + 1.
 
-    Entry (y, x) is the sum over channels and pixels of (patch - picture[:, y:y+s, x:x+s])^2; infinite where allowed
-    (h, w) is False."""
+    Entry (y, x) is the sum over channels and pixels of (patch - picture[:, y:y+s, x:x+s])^2; infinite where
+    allowed (h, w) is False."""
     s = patch.shape[-1]
     every = F.unfold(picture[None], s)[0]                                 # (3 s s, h w)
     distance = (every - patch.reshape(-1, 1)).square().sum(0).view(allowed.shape)
@@ -132,21 +143,27 @@ register(Check(
     source="lib.checks_04:patch_distances lib.inpaint:windows lib.inpaint:nearest_exhaustive",
     praise="Right: the smallest entry of this map is the best patch to copy from, and no hole can be copied.",
     hints=["Start with two loops over y and x, and picture[:, y:y + s, x:x + s]. How many places are there?",
-           "F.unfold(picture[None], s)[0] has one column (3 * s * s values) for every place, in reading order; the patch "
+           "F.unfold(picture[None], s)[0] has one column (3 * s * s values) for every place, in reading "
+           "order; the patch "
            "flattened, patch.reshape(-1, 1), can be subtracted from all columns at once.",
-           "(every - patch.reshape(-1, 1)).square().sum(0).view(allowed.shape).masked_fill(~allowed, float('inf'))"],
+           "(every - patch.reshape(-1, 1)).square().sum(0).view(allowed.shape).masked_fill(~allowed, "
+           "float('inf'))"],
     wrongs=[
         Wrong("allowed ignored", _distances(_ssd),
-              "you ignore `allowed`: patches that touch the hole are offered as sources, so the hole would be filled "
+              "you ignore `allowed`: patches that touch the hole are offered as sources, so the hole would "
+              "be filled "
               "with itself. Make them infinitely far."),
         Wrong("allowed inverted", _distances(_ssd, lambda d, a: d.masked_fill(a, float("inf"))),
-              "allowed is inverted: True marks the places that MAY be copied from; the others must be infinite."),
+              "allowed is inverted: True marks the places that MAY be copied from; the others must be "
+              "infinite."),
         Wrong("zero", _distances(_ssd, lambda d, a: d * a),
               "a forbidden place gets distance 0, which makes it the best of all: it must be infinite."),
         Wrong("absolute", _distances(lambda e: e.abs().sum(0), _inf),
-              "you sum absolute differences; the task asks for SQUARED differences (a few large errors count more)."),
+              "you sum absolute differences; the task asks for SQUARED differences (a few large errors count "
+              "more)."),
         Wrong("mean", _distances(lambda e: e.square().mean(0), _inf),
-              "you take the mean over the patch; the task asks for the sum (the order is the same, the numbers are not)."),
+              "you take the mean over the patch; the task asks for the sum (the order is the same, the "
+              "numbers are not)."),
         Wrong("one channel", _distances(_ssd, _inf, channels=1),
               "you compare only the first channel (red): sum over all three."),
     ]))
@@ -157,8 +174,9 @@ register(Check(
 def put_known_back(x_prev, x0, fill_mask, t, alphas_cumprod, noise):
     """After the step t -> t-1: x_{t-1} with its known part replaced by x_0, noised to level t-1.
 
-    x_prev, x0, noise (B, 3, H, W); fill_mask (B, 1, H, W), 1 = to fill; alphas_cumprod (T,); t >= 1, one integer.
-    With m = 1 - fill_mask: m (sqrt(abar_{t-1}) x_0 + sqrt(1 - abar_{t-1}) noise) + (1 - m) x_prev."""
+    x_prev, x0, noise (B, 3, H, W); fill_mask (B, 1, H, W), 1 = to fill; alphas_cumprod (T,); t >= 1, one
+    integer. With m = 1 - fill_mask: m (sqrt(abar_{t-1}) x_0 + sqrt(1 - abar_{t-1}) noise) + (1 - m)
+    x_prev."""
     abar, m = alphas_cumprod[t - 1], 1 - fill_mask
     known = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
     return m * known + (1 - m) * x_prev
@@ -184,22 +202,27 @@ register(Check(
     source="lib.checks_04:put_known_back lib.inpaint:put_back lib.inpaint:repaint_step",
     praise="Right: both parts now have the noise of level t-1, which is what the network was trained to see.",
     hints=["The step t -> t-1 is done: at which noise level is the unknown part now?",
-           "q_sample for the known part: sqrt(abar) x_0 + sqrt(1 - abar) noise, with abar = alphas_cumprod[t - 1].",
+           "q_sample for the known part: sqrt(abar) x_0 + sqrt(1 - abar) noise, with abar = alphas_cumprod[t "
+           "- 1].",
            "m = 1 - fill_mask; return m * known + (1 - m) * x_prev: the hole gets no noise from here."],
     wrongs=[
         Wrong("clean paste", _known(scale=lambda a, x0, noise: x0),
-              "you paste the known part CLEAN, while the rest is noisy. That suits only a network trained that way; "
+              "you paste the known part CLEAN, while the rest is noisy. That suits only a network trained "
+              "that way; "
               "ours saw pictures that were noised everywhere: noise x_0 to level t-1 first."),
         Wrong("off by one", _known(level=lambda t: t),
               "off by one: you noise to level t, but after the step the unknown part is at level t-1: use "
               "alphas_cumprod[t - 1]."),
         Wrong("mask inverted", _known(mix=lambda m, known, x: (1 - m) * known + m * x),
-              "the mask is inverted: you write the original into the HOLE. m = 1 - fill_mask is 1 where known."),
+              "the mask is inverted: you write the original into the HOLE. m = 1 - fill_mask is 1 where "
+              "known."),
         Wrong("sqrt forgotten", _known(scale=lambda a, x0, noise: a * x0 + (1 - a) * noise),
-              "the square roots are missing: sqrt(abar) x_0 + sqrt(1 - abar) noise, so that the variances add up to 1."),
+              "the square roots are missing: sqrt(abar) x_0 + sqrt(1 - abar) noise, so that the variances "
+              "add up to 1."),
         Wrong("noise in the hole", lambda x, x0, f, t, abar, noise:
               (1 - f) * abar[t - 1].sqrt() * x0 + f * x + (1 - abar[t - 1]).sqrt() * noise,
-              "you add the noise everywhere, also in the hole, whose x_prev already has its noise: only the known part "
+              "you add the noise everywhere, also in the hole, whose x_prev already has its noise: only the "
+              "known part "
               "gets it."),
         Wrong("alpha for the noise", _known(scale=lambda a, x0, noise: a.sqrt() * x0 + (1 - a) * noise),
               "the noise is scaled by the variance 1 - abar; its standard deviation is the root of that."),
@@ -209,7 +232,9 @@ register(Check(
 # ---------------------------------------------------------------- 5. RePaint's jump, in one go
 
 def jump_forward(x, s, t, alphas_cumprod, noise):
-    """From noise level s up to level t > s in one jump: x_t = sqrt(abar_t / abar_s) x_s + sqrt(1 - abar_t / abar_s) noise."""
+    """From noise level s up to level t > s in one jump.
+
+    x_t = sqrt(abar_t / abar_s) x_s + sqrt(1 - abar_t / abar_s) noise."""
     ratio = alphas_cumprod[t] / alphas_cumprod[s]
     return ratio.sqrt() * x + (1 - ratio).sqrt() * noise
 
@@ -233,8 +258,8 @@ register(Check(
     name="jump_forward", reference=jump_forward, cases=_jump_cases,
     source="lib.checks_04:jump_forward lib.inpaint:forward_jump",
     praise="Right: alpha-bar from s to t is the quotient, and many small steps become one.",
-    hints=["One step is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise. What do the factors sqrt(alpha) of all steps "
-           "from s + 1 to t multiply to?",
+    hints=["One step is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise. What do the factors "
+           "sqrt(alpha) of all steps from s + 1 to t multiply to?",
            "abar_t is the product of all alphas up to t, abar_s of those up to s: divide.",
            "ratio = alphas_cumprod[t] / alphas_cumprod[s]; then as in q_sample, with ratio for abar."],
     wrongs=[
@@ -250,7 +275,8 @@ register(Check(
         Wrong("sqrt forgotten", _jump(_right, noise_scale=lambda r: 1 - r, keep=lambda r: r),
               "the square roots are missing: sqrt(ratio) x + sqrt(1 - ratio) noise."),
         Wrong("upside down", _jump(lambda abar, s, t: abar[s] / abar[t]),
-              "the quotient is upside down (and 1 minus it is negative, so the root is NaN): abar falls with t, so "
+              "the quotient is upside down (and 1 minus it is negative, so the root is NaN): abar falls with "
+              "t, so "
               "abar_t / abar_s is below 1."),
         Wrong("noise not scaled", _jump(_right, noise_scale=lambda r: torch.ones_like(r)),
               "the noise is not scaled: multiply it by sqrt(1 - abar_t / abar_s)."),

@@ -139,7 +139,8 @@ def clear_patches(hole, size):
 
 
 def nearest_exhaustive(patches, wanted, allowed):
-    """The true nearest allowed patch of every wanted one: (index (n,), squared distance (n,)). Cost: n times m.
+    """The true nearest allowed patch of every wanted one: (index (n,), squared distance (n,)). Cost: n times
+    m.
 
     patches (N, D); wanted, allowed (N,) bool. PatchMatch is measured against this."""
     mine, others = patches[wanted], allowed.nonzero()[:, 0]
@@ -151,10 +152,11 @@ def nearest_exhaustive(patches, wanted, allowed):
 class PatchMatch:
     """Approximate nearest patches (Barnes et al. 2009), all places at once with array operations.
 
-    patches (h * w, D): `windows` of one picture on a grid (h, w); wanted (h * w,) bool: places that look for a match;
-    allowed (h * w,) bool: places that may be one. `field` holds the index of each place's match, `distance` the
-    squared distance of the wanted ones. trust (h * w, D): weights of the values of a patch, or None. near: what a match from
-    the other end of the picture costs more than one from nearby, as a squared difference per value. The original goes over the picture pixel by pixel; here every place asks its
+    patches (h * w, D): `windows` of one picture on a grid (h, w); wanted (h * w,) bool: places that look for
+    a match; allowed (h * w,) bool: places that may be one. `field` holds the index of each place's match,
+    `distance` the squared distance of the wanted ones. trust (h * w, D): weights of the values of a patch, or
+    None. near: what a match from the other end of the picture costs more than one from nearby, as a squared
+    difference per value. The original goes over the picture pixel by pixel; here every place asks its
     neighbours at the same moment, which needs longer strides (1 and 4) to carry a good match as far.
     """
 
@@ -219,8 +221,8 @@ class PatchMatch:
 def vote(patches, match, grid, size, trust=None, sharp=2.0):
     """Every pixel becomes the weighted mean of what the matches of all patches over it propose: (C, H, W).
 
-    Weights fall with the distance, exp(-sharp d / q) with q the 75 % quantile of the distances (Wexler et al. 2007),
-    and with a patch's own trust (h * w,)."""
+    Weights fall with the distance, exp(-sharp d / q) with q the 75 % quantile of the distances (Wexler et al.
+    2007), and with a patch's own trust (h * w,)."""
     h, w = grid[0] + size - 1, grid[1] + size - 1
     weight = torch.exp(-sharp * match.distance / match.distance.quantile(0.75).clamp(min=1e-8)).clamp(min=1e-6)
     weight = weight if trust is None else weight * trust[match.places]
@@ -232,8 +234,8 @@ def vote(patches, match, grid, size, trust=None, sharp=2.0):
 
 
 def shrink(image, hole, factor=2):
-    """Half the size without looking into the hole: means over known pixels. A pixel is hole where less than half of
-    it is known, so that thin holes do not swallow a small picture."""
+    """Half the size without looking into the hole: means over known pixels. A pixel is hole where less than
+    half of it is known, so that thin holes do not swallow a small picture."""
     known = 1 - hole
     size = [max(1, -(-s // factor)) for s in image.shape[-2:]]
     total = F.adaptive_avg_pool2d(image * known, size)
@@ -244,10 +246,10 @@ def shrink(image, hole, factor=2):
 def patchmatch(image, fill_mask, size=5, iterations=2, rounds=4, coarsest=32, near=0.15, generator=None):
     """Fill with patches of the picture itself: PatchMatch on an image pyramid, with voting.
 
-    The smallest picture is filled ring by ring (`peel`). Then, from small to large: find for each patch that touches
-    the hole the most similar patch of the known part, let all matches vote on the hole's pixels, `rounds` times. The
-    small levels settle what goes where, the large ones the detail (Barnes et al. 2009, Wexler et al. 2007).
-    generator: for the random search (seed 0 by default).
+    The smallest picture is filled ring by ring (`peel`). Then, from small to large: find for each patch that
+    touches the hole the most similar patch of the known part, let all matches vote on the hole's pixels,
+    `rounds` times. The small levels settle what goes where, the large ones the detail (Barnes et al. 2009,
+    Wexler et al. 2007). generator: for the random search (seed 0 by default).
     """
     _check(image, fill_mask)
     generator = generator or torch.Generator("cpu").manual_seed(0)
@@ -320,8 +322,9 @@ class _Level:
 
 
 def peel(image, hole, size, near=0.0):
-    """Fill one small picture ring by ring from the hole's edge: each pixel is copied from the centre of the known
-    patch that agrees best with what is known around it (Efros and Leung 1999). Exhaustive: for small pictures."""
+    """Fill one small picture ring by ring from the hole's edge: each pixel is copied from the centre of the
+    known patch that agrees best with what is known around it (Efros and Leung 1999). Exhaustive: for small
+    pictures."""
     image, unknown = image.clone(), hole[0, 0] > 0
     allowed = clear_patches(unknown, size)
     h, w = allowed.shape
@@ -346,8 +349,9 @@ def peel(image, hole, size, near=0.0):
 class SceneLibrary:
     """A database of pictures, kept as plain data and thumbnails: rooms of the Miniature's *training* split.
 
-    thumbs (2 n, 3, size, size): n rooms, then the same rooms in a mirror. A room is rendered at full size only when it
-    is chosen. make(seed) -> Scene; by default ordinary rooms and lesson 03's simple ones in turn."""
+    thumbs (2 n, 3, size, size): n rooms, then the same rooms in a mirror. A room is rendered at full size
+    only when it is chosen. make(seed) -> Scene; by default ordinary rooms and lesson 03's simple ones in
+    turn."""
 
     def __init__(self, n=1000, size=32, make=None, start=0):
         from lib import scenes
@@ -413,9 +417,9 @@ def align(candidate, image, fill_mask, reach=12, context=12):
 def cheapest_seam(image, candidate, fill_mask, band=8):
     """Where to cut over from the picture to the candidate: (1, 1, H, W), 1 = take the candidate.
 
-    A minimum cut in the graph of the pixels within `band` of the hole: going over between two neighbours costs how
-    much the two pictures differ there, so the cut runs where it shows least (Kwatra et al. 2003; Hays and Efros 2007).
-    It lies *around* the hole: up to `band` known pixels may be replaced.
+    A minimum cut in the graph of the pixels within `band` of the hole: going over between two neighbours
+    costs how much the two pictures differ there, so the cut runs where it shows least (Kwatra et al. 2003;
+    Hays and Efros 2007). It lies *around* the hole: up to `band` known pixels may be replaced.
     """
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import breadth_first_order, maximum_flow
@@ -443,8 +447,8 @@ def cheapest_seam(image, candidate, fill_mask, band=8):
 def poisson(image, candidate, fill_mask, clamp=True):
     """Inside the mask the candidate's *gradients*, on its border the image's colours (Perez et al. 2003).
 
-    One picture each; solves the discrete Poisson equation for each colour. Takes the candidate's light and colour away
-    and keeps its detail."""
+    One picture each; solves the discrete Poisson equation for each colour. Takes the candidate's light and
+    colour away and keeps its detail."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.linalg import splu
     inside = fill_mask[0, 0].cpu().numpy() > 0
@@ -477,9 +481,9 @@ def poisson(image, candidate, fill_mask, clamp=True):
 def scene_completion(image, fill_mask, library=None, k=4, band=0):
     """Fill from the most similar picture of a database (Hays and Efros 2007): find, align, cut, blend.
 
-    library: a `SceneLibrary` (default: one of 1000 rooms, made once). k: how many entries are tried; the one that fits
-    best around the hole is taken. band: how far the cut may go *outside* the hole (`cheapest_seam`); with the default,
-    0, it stays at the hole's edge and every known pixel is kept.
+    library: a `SceneLibrary` (default: one of 1000 rooms, made once). k: how many entries are tried; the one
+    that fits best around the hole is taken. band: how far the cut may go *outside* the hole
+    (`cheapest_seam`); with the default, 0, it stays at the hole's edge and every known pixel is kept.
     """
     _check(image, fill_mask)
     library = library or default_library()
@@ -519,10 +523,11 @@ class Gated(nn.Module):
 class FillNet(nn.Module):
     """A context network: a small U-Net of gated convolutions that fills a hole in one pass.
 
-    forward(image (B, 3, H, W) in [0, 1], fill_mask (B, 1, H, W)) -> (B, 3, H, W) in [0, 1]; sides multiples of 8.
-    What stands in the hole is not looked at. Dilated convolutions at 1/8 of the size see the whole picture.
-    0.34 M parameters. Trained by `python -m lib.train fillnet` with reconstruction losses and two discriminators, one
-    for the whole picture and one for a window at the hole (Iizuka et al. 2017: globally and locally consistent).
+    forward(image (B, 3, H, W) in [0, 1], fill_mask (B, 1, H, W)) -> (B, 3, H, W) in [0, 1]; sides multiples
+    of 8. What stands in the hole is not looked at. Dilated convolutions at 1/8 of the size see the whole
+    picture. 0.34 M parameters. Trained by `python -m lib.train fillnet` with reconstruction losses and two
+    discriminators, one for the whole picture and one for a window at the hole (Iizuka et al. 2017: globally
+    and locally consistent).
     """
 
     def __init__(self, widths=(16, 32, 64), dilations=(2, 4, 8)):
@@ -577,8 +582,9 @@ class FillNet(nn.Module):
 def put_back(scheduler, x, x0, fill_mask, t, known="noised", noise=None):
     """x at noise level t with its known part replaced: m * x_0' + (1 - m) * x, with m = 1 - fill_mask.
 
-    known="clean": x_0' = x_0, for networks that were trained so. known="noised": x_0' = q_sample(x_0, t, noise), which
-    is what a network trained on fully noised pictures expects. A negative t is the clean end."""
+    known="clean": x_0' = x_0, for networks that were trained so. known="noised": x_0' = q_sample(x_0, t,
+    noise), which is what a network trained on fully noised pictures expects. A negative t is the clean
+    end."""
     if known not in ("clean", "noised"):
         raise ValueError(f'known must be "clean" or "noised", not {known!r}.')
     there = x0 if known == "clean" else diffusion.q_sample(scheduler, x0, t, noise)
@@ -589,8 +595,9 @@ def put_back(scheduler, x, x0, fill_mask, t, known="noised", noise=None):
 def repaint_step(scheduler, output, t, x, x0, fill_mask, generator=None, eta=1.0, known="noised"):
     """One reverse step with the known part put back at the level it arrives at. (RePaint eq. 8.)
 
-    Equal to `RePaintScheduler.step(output, t, x, x0, 1 - fill_mask, generator).prev_sample`, which draws one noise and
-    uses it for both parts, with known="noised". scheduler: from `diffusion.ddim`; x, x0 in [-1, 1]; eta=1 is DDPM."""
+    Equal to `RePaintScheduler.step(output, t, x, x0, 1 - fill_mask, generator).prev_sample`, which draws one
+    noise and uses it for both parts, with known="noised". scheduler: from `diffusion.ddim`; x, x0 in [-1, 1];
+    eta=1 is DDPM."""
     below = diffusion.previous(scheduler, int(t))
     a, a_prev = diffusion.alpha_at(scheduler, int(t)).to(x), diffusion.alpha_at(scheduler, below).to(x)
     clean, eps = diffusion.split_prediction(scheduler, output, a, x)
@@ -603,7 +610,8 @@ def repaint_step(scheduler, output, t, x, x0, fill_mask, generator=None, eta=1.0
 
 
 def forward_jump(scheduler, x, levels, generator=None):
-    """Diffuse x on: for each t of `levels`, x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise. (RePaint eq. 1.)
+    """Diffuse x on: for each t of `levels`, x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise. (RePaint eq.
+    1.)
 
     Equal to `RePaintScheduler.undo_step(x, t, generator)` with levels = t, ..., t + stride - 1."""
     for t in levels:
@@ -613,10 +621,12 @@ def forward_jump(scheduler, x, levels, generator=None):
 
 
 def repaint_times(timesteps, length=10, times=3):
-    """RePaint's walk over the noise levels: ("down", i) steps from level i, ("up", i) goes back up to level i.
+    """RePaint's walk over the noise levels: ("down", i) steps from level i, ("up", i) goes back up to level
+    i.
 
-    timesteps: the run's n levels, high to low; index i counts from the lowest, 0. Every `length` steps the walk goes
-    back up `length` levels, until each stretch has been walked `times` times. times=1: straight down."""
+    timesteps: the run's n levels, high to low; index i counts from the lowest, 0. Every `length` steps the
+    walk goes back up `length` levels, until each stretch has been walked `times` times. times=1: straight
+    down."""
     n = len(timesteps)
     left = {j: times - 1 for j in range(0, n - length, length)}
     walk, i = [], n - 1
@@ -635,9 +645,9 @@ def fill_pixels(eps, scheduler, image, fill_mask, steps=50, known="noised", jump
                 on_step=None):
     """Fill with an unconditional pixel-space network, at its own size.
 
-    eps: function (x (B, 3, H, W) in about [-1, 1], t) -> predicted noise. known: "clean" or "noised" (`put_back`).
-    jump: (length, times) of RePaint's resampling; times=1 is none. on_step(t, x) sees every reverse step.
-    Returns pictures in [0, 1], known pixels exact.
+    eps: function (x (B, 3, H, W) in about [-1, 1], t) -> predicted noise. known: "clean" or "noised"
+    (`put_back`). jump: (length, times) of RePaint's resampling; times=1 is none. on_step(t, x) sees every
+    reverse step. Returns pictures in [0, 1], known pixels exact.
     """
     _check(image, fill_mask)
     length, times = jump
@@ -663,10 +673,11 @@ def fill_pixels(eps, scheduler, image, fill_mask, steps=50, known="noised", jump
 
 
 def with_pixels(eps, scheduler, image, fill_mask, size=64, samples=1, generator=None, **options):
-    """`fill_pixels` for any picture: shrunk to the network's size, filled `samples` times, and the filling enlarged.
+    """`fill_pixels` for any picture: shrunk to the network's size, filled `samples` times, and the filling
+    enlarged.
 
-    Returns (B * samples, 3, H, W), all samples of picture 0 first; known pixels are exact, the filling has only the
-    detail of size x size pixels."""
+    Returns (B * samples, 3, H, W), all samples of picture 0 first; known pixels are exact, the filling has
+    only the detail of size x size pixels."""
     _check(image, fill_mask)
     if samples < 1:
         raise ValueError(f"samples must be at least 1; got {samples}.")
@@ -744,8 +755,9 @@ METHODS = {"grey": grey, "telea": telea, "biharmonic": biharmonic, "patchmatch":
 def fill(image, fill_mask, method="telea", **options):
     """Fill by a method's name (METHODS), by a callable(image, fill_mask), or by a diffusers pipeline.
 
-    image (B, 3, H, W) in [0, 1], fill_mask (B or 1, 1, H, W), 1 = to fill -> (B, 3, H, W), or (B * samples, ...) from
-    the random methods. Known pixels are exact. options go to the method. ValueError says what does not fit.
+    image (B, 3, H, W) in [0, 1], fill_mask (B or 1, 1, H, W), 1 = to fill -> (B, 3, H, W), or (B * samples,
+    ...) from the random methods. Known pixels are exact. options go to the method. ValueError says what does
+    not fit.
     """
     _check(image, fill_mask)
     if isinstance(method, str):

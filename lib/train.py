@@ -394,7 +394,8 @@ def adopt(root: Path) -> None:
             "unet": ("mini", {"unet": weights(pipes["mini"] / "unet"), "text": text}),
             "inpaint": ("mini-inpaint", {"unet": weights(pipes["mini-inpaint"] / "unet")}),
             "depth": ("mini-depth", {"depth": weights(root / "mini-depth")}),
-            "judge": ("judge", {"judge": weights(root / "judge")})}
+            "judge": ("judge", {"judge": weights(root / "judge")}),
+            "fillnet": ("fillnet", {"gen": weights(root / "fillnet")})}
     for name, (model, parts) in runs.items():
         folder = CACHE / name
         if checkpoint(name):

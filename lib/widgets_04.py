@@ -53,7 +53,8 @@ def _framed(x):
 def mask_view(image, kind, area, seed):
     """(PIL picture, text): the picture with the hole, what is known, and the mask itself."""
     m = one_mask(kind, area, seed, image.shape[-2:])
-    labels = ["the picture with its hole", "fill_mask: white = 1 = to fill", "m = 1 - fill_mask (papers):\nwhite = 1 = known"]
+    labels = ["the picture with its hole", "fill_mask: white = 1 = to fill",
+              "m = 1 - fill_mask (papers):\nwhite = 1 = known"]
     drawn = show.tile([with_hole(image, m), _framed(m), _framed(masks.known(m))], labels, columns=3)
     full = int((m > 0).sum())
     return drawn, f"{kind.replace('_', ' ')}: {full:,} of {m.numel():,} pixels to fill ({full / m.numel():.0%})"
@@ -117,8 +118,8 @@ def result_view(truth, fill_mask, filled, kind, method, number):
     labels = ["the hole", f"{method}, sample {number}", "distance from the truth, x 3\n(black 0, white 1/3 or more)",
               "the truth"]
     drawn = show.tile([with_hole(truth, fill_mask), filled, error, truth], labels, columns=4)
-    return drawn, (f"{kind.replace('_', ' ')}, {method}: PSNR in the hole {metrics.psnr(filled, truth, fill_mask).item():.1f} "
-                   f"dB, seam {metrics.seam(filled, fill_mask).item():+.3f}")
+    db, edge = metrics.psnr(filled, truth, fill_mask).item(), metrics.seam(filled, fill_mask).item()
+    return drawn, f"{kind.replace('_', ' ')}, {method}: PSNR in the hole {db:.1f} dB, seam {edge:+.3f}"
 
 
 def results_explorer(truth, fill_mask, kinds, results):
@@ -158,7 +159,8 @@ def error_curve(rows, labels, xlabel, ylabel):
 
 
 def offsets(field, grid):
-    """A nearest-neighbour field as colours (1, 3, h, w): where each patch's match lies, right/left red, down/up green."""
+    """A nearest-neighbour field as colours (1, 3, h, w): red = how far to the right each match lies, green = how far
+    down; grey = right here."""
     h, w = grid
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     dy, dx = field.view(h, w) // w - y, field.view(h, w) % w - x
@@ -185,7 +187,9 @@ def mask_strip(image, share=0.2, seeds=(2, 6)):
 
 
 def method_strip(image, fill_mask, methods, seed=0):
-    """The same hole filled by several methods: (pictures, labels) with hole and truth. methods: label -> (name, options)."""
+    """The same hole filled by several methods: (pictures, labels) with hole and truth.
+
+    methods: label -> (name, options); options None: a method without randomness."""
     images, labels = [with_hole(image, fill_mask)], ["the hole"]
     for label, (name, options) in methods.items():
         more = {"generator": torch.Generator("cpu").manual_seed(seed)} if options is not None else {}

@@ -19,7 +19,8 @@ ANSWERS = {
                  "    return -10 * (square / (3 * fill_mask.sum((1, 2, 3)))).log10()",
     "patch_distances": "s = patch.shape[-1]\n    out = torch.full(allowed.shape, float('inf'))\n"
                        "    for y, x in allowed.nonzero().tolist():\n"
-                       "        out[y, x] = ((patch - picture[:, y:y + s, x:x + s]) ** 2).sum()\n    return out",
+                       "        out[y, x] = ((patch - picture[:, y:y + s, x:x + s]) ** 2).sum()\n    return "
+                       "out",
     "put_known_back": "a = alphas_cumprod[t - 1]\n    known = a ** 0.5 * x0 + (1 - a) ** 0.5 * noise\n"
                       "    return known * (1 - fill_mask) + x_prev * fill_mask",
     "jump_forward": "r = alphas_cumprod[t] / alphas_cumprod[s]\n    return r ** 0.5 * x + (1 - r) ** 0.5 * noise",
@@ -221,6 +222,40 @@ def test_mask_strip_and_offsets(room):
 def test_method_strip_with_methods_that_need_no_model(room):
     images, labels = widgets_04.method_strip(room, masks.centre_box(1, 64, area=0.1), {"smear": ("telea", None)})
     assert labels == ["the hole", "smear", "the truth"] and len(images) == 3
+
+
+# ---------------------------------------------------------------- the recipe of the context network
+
+def test_the_recipe_runs_resumes_and_exports(tmp_path, monkeypatch):
+    """Past a third of its budget the discriminators play too; a second call goes on; the export is what FillNet loads."""
+    from lib import train
+    monkeypatch.setattr(train, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(train, "CHUNK", 4)
+    monkeypatch.setattr(train, "fillnet_quality", lambda net: {"scenes": 0})
+    train.corpus(4)
+    train.train_fillnet(0, 3, batch=2)
+    first = train.checkpoint("fillnet")
+    train.train_fillnet(0, 4, batch=2)
+    second = train.checkpoint("fillnet")
+    assert (first["step"], second["step"]) == (3, 4) and set(second["models"]) == {"gen", "whole", "local"}
+    for part in second["models"]:
+        a, b = first["models"][part], second["models"][part]
+        assert any(not torch.equal(a[k], b[k]) for k in a) and all(torch.isfinite(v).all() for v in b.values())
+    train.export(tmp_path / "out", ["fillnet"])
+    net = inpaint.FillNet.load(tmp_path / "out" / "fillnet")
+    assert net.config["widths"] == [16, 32, 64]
+    train.pack(tmp_path / "packed")
+    train.unpack(tmp_path / "packed")
+    train.train_fillnet(0, 5, batch=2)                     # packed: the generator goes on, the discriminators are new
+    assert train.checkpoint("fillnet")["step"] == 5
+
+
+def test_windows_hold_a_pixel_of_the_hole():
+    from lib import train
+    m, g = masks.random_box(6, 64, torch.Generator().manual_seed(0), area=(0.02, 0.05)), torch.Generator().manual_seed(1)
+    corners = train._windows(m, 24, g)
+    assert (corners >= 0).all() and (corners <= 40).all()
+    assert (train._cut(m, corners, 24).amax((1, 2, 3)) == 1).all()
 
 
 # ---------------------------------------------------------------- runs
