@@ -533,8 +533,8 @@ def main(words=None) -> int:
         if args.command == "worker":
             return _worker_command(args)
         if args.command == "bench":
-            from lib import report
-            return report.bench(args.images, args.edits, args.steps)
+            from lib import bench
+            return bench.run(args.images, args.edits, args.steps)
         job = open_job(args.folder)
         if args.command == "report":
             return _report(args.folder, args.to)

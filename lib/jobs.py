@@ -277,11 +277,12 @@ def open_or_create(folder, source="", process="", settings=None, shard_size=0, p
 def _frozen(folder, source, depth, limit, step):
     """(root, items); of a video, its frames, which are written into the job's folder first."""
     path = Path(source)
-    if path.suffix.lower() in VIDEOS:
+    of_video = path.suffix.lower() in VIDEOS
+    if of_video:
         from lib import video
         path = video.extract(path, folder / "frames", step)
     items, others = list_inputs(path, depth, limit)
-    if others:
+    if others and not of_video:
         print(f"{others} files in {path} are not named like pictures and were left out.")
     return (path if path.is_dir() else path.parent).resolve(), items
 
