@@ -145,13 +145,13 @@ def results_explorer(truth, fill_mask, kinds, results):
 
 # ---------------------------------------------------------------- pictures in one row each
 
-def error_curve(rows, labels, xlabel, ylabel):
-    """Lines of values over x as a figure: rows = list of (x, y) sequences."""
+def error_curve(rows, labels, xlabel, ylabel, low=0):
+    """Lines of values over x as a figure: rows = list of (x, y) sequences; the y axis begins at `low` (None: fits)."""
     view = show.View(figsize=(7.6, 3.1), dpi=show.DPI, facecolor="white")
     axes = view.add_axes((0.1, 0.18, 0.87, 0.78))
     for (x, y), label, colour in zip(rows, labels, show.ID_COLOURS):
         axes.plot(x, y, marker="o", markersize=3.5, color=colour, label=label)
-    axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+    axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(low, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     view.alt = f"{ylabel} over {xlabel}: " + "; ".join(labels)
