@@ -273,6 +273,12 @@ def colour_distance(a, b):
     return float((F.adaptive_avg_pool2d(a, 8) - F.adaptive_avg_pool2d(b, 8)).square().mean().sqrt())
 
 
+def colour_towards(x, a, b):
+    """How far x's large-area colours have gone from a's towards b's: <x - a, b - a> / |b - a|^2 (0 = a, 1 = b)."""
+    x, a, b = (F.adaptive_avg_pool2d(y, 8) for y in (x, a, b))
+    return float(((x - a) * (b - a)).sum() / (b - a).square().sum().clamp_min(1e-12))
+
+
 def structure_distance(a, b):
     """1 - correlation of the brightness steps between neighbouring pixels: 0 = the same outlines, about 1 = unrelated."""
     def steps(x):

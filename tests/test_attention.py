@@ -240,3 +240,107 @@ def test_bad_requests_are_named(tiny_pipe):
         run(tiny_pipe, rand(1, 4, 8, 8), steps=2)
     with pytest.raises(ValueError, match="none is left"), attention.inject(unet, 1):
         run(tiny_pipe, steps=2)
+
+
+# ---------------------------------------------------------------- cross-attention, maps, cost
+def test_merging_undoes_splitting_and_bad_widths_are_named():
+    x = rand(2, 5, 12)
+    assert torch.equal(attention.merge_heads(attention.split_heads(x, 3)), x)
+    assert torch.equal(attention.split_heads(x, 3)[:, 1], x[..., 4:8])
+    with pytest.raises(ValueError, match="12 channels"):
+        attention.split_heads(x, 5)
+
+
+def test_own_heads_equal_torch_multihead_attention():
+    module = torch.nn.MultiheadAttention(24, 4, batch_first=True)
+    x, y = rand(2, 7, 24), rand(2, 5, 24, seed=1)
+    q, k, v = (
+        F.linear(t, w, b)
+        for t, w, b in zip((x, y, y), module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3))
+    )
+    ours = attention.attention(*(attention.split_heads(t, 4) for t in (q, k, v)))
+    ours = module.out_proj(attention.merge_heads(ours))
+    assert torch.allclose(ours, module(x, y, y, need_weights=False)[0], atol=1e-5)
+
+
+def test_cost_counts_what_is_made():
+    q, k = rand(4, 64, 8), rand(4, 20, 8)
+    assert attention.cost(64, 4, 8, keys=20)["scores"] == (q @ k.mT).numel()
+    assert attention.cost(4096, 8, 40)["scores"] == 8 * 4096**2
+    assert attention.cost(64, 1, 8)["multiply_adds"] == 2 * 64 * 64 * 8
+
+
+def test_cross_layers_lie_where_the_self_layers_lie(tiny_pipe):
+    own, cross = attention.layers(tiny_pipe.unet), attention.layers(tiny_pipe.unet, "cross")
+    assert [x.name.replace("attn2", "attn1") for x in cross] == [x.name for x in own]
+    assert [x.fraction for x in cross] == [x.fraction for x in own]
+    assert [attention.grid(x, (16, 12)) for x in own[:3]] == [(16, 12), (8, 6), (4, 3)]
+    with pytest.raises(ValueError, match='"self" or "cross"'):
+        attention.layers(tiny_pipe.unet, "attn2")
+
+
+def test_cross_recording_changes_nothing_and_keeps_the_words_weights(tiny_pipe):
+    plain, before = run(tiny_pipe), dict(tiny_pipe.unet.attn_processors)
+    with attention.record(tiny_pipe.unet, what="qkvw", kind="cross") as bank:
+        assert torch.allclose(run(tiny_pipe), plain, atol=1e-5)
+    after = tiny_pipe.unet.attn_processors
+    assert all(before[n] is after[n] for n in before) and not tiny_pipe.unet._forward_pre_hooks
+    layer = attention.layers(tiny_pipe.unet, "cross")[0]
+    kept = bank.at(251, layer.name)
+    assert kept["q"].shape == (1, 256, 32) and kept["k"].shape == kept["v"].shape == (1, 32, 32)
+    assert kept["w"].shape == (1, 4, 256, 32) and torch.allclose(kept["w"].sum(-1), torch.ones(1, 4, 256), atol=1e-5)
+    heads = [attention.split_heads(kept[p], 4) for p in "qk"]
+    assert torch.allclose(kept["w"], (heads[0] @ heads[1].mT / 8**0.5).softmax(-1), atol=1e-5)  # heads of width 8
+    words = tiny_pipe.text_encoder(tiny_pipe.tokenizer("a red chair", padding="max_length", return_tensors="pt").input_ids)[0]
+    assert torch.allclose(kept["k"], tiny_pipe.unet.get_submodule(layer.name).to_k(words), atol=1e-5)
+
+
+def test_self_and_cross_can_be_recorded_together_and_after_an_exception_all_is_restored(tiny_pipe):
+    plain, before = run(tiny_pipe), dict(tiny_pipe.unet.attn_processors)
+    with attention.record(tiny_pipe.unet, what="w") as own, attention.record(tiny_pipe.unet, what="w", kind="cross") as words:
+        run(tiny_pipe, steps=1)
+    assert len(own.store) == len(words.store) == 10 and own.size == words.size == (16, 16)
+    with pytest.raises(KeyError, match="stop"):
+        with attention.record(tiny_pipe.unet, kind="cross"):
+            run(tiny_pipe, steps=1)
+            raise KeyError("stop")
+    with pytest.raises(RuntimeError, match="never applied: 0"):
+        with attention.record(tiny_pipe.unet, kind="cross"):
+            pass
+    after = tiny_pipe.unet.attn_processors
+    assert all(before[n] is after[n] for n in before) and not tiny_pipe.unet._forward_pre_hooks
+    assert torch.equal(run(tiny_pipe), plain)
+
+
+def test_maps_are_the_recorded_rows_and_columns(tiny_pipe):
+    with attention.record(tiny_pipe.unet, what="w") as own, attention.record(tiny_pipe.unet, what="w", kind="cross") as words:
+        run(tiny_pipe, rand(1, 4, 16, 24), steps=1)
+    t = own.timesteps[0]
+    layer, reader = attention.layers(tiny_pipe.unet)[1], attention.layers(tiny_pipe.unet, "cross")[1]
+    place = attention.token_at(attention.grid(layer, own.size), 0.99, 0.3)  # 8 x 12: row 2, the last column
+    assert place == 2 * 12 + 11 and attention.token_at((8, 12), 1.0, 1.0) == 95
+    seen = attention.attention_map(own, layer, t, query=place)
+    assert torch.equal(seen.flatten(2), own.at(t, layer.name)["w"][:, :, place]) and seen.shape == (1, 4, 8, 12)
+    read = attention.attention_map(words, reader, t, key=2)
+    assert torch.equal(read.flatten(2), words.at(t, reader.name)["w"][..., 2])
+    total = sum(attention.attention_map(words, reader, t, key=k) for k in range(32))
+    assert torch.allclose(total, torch.ones_like(total), atol=1e-5)
+
+
+def test_maps_name_what_is_wrong(tiny_pipe):
+    with attention.record(tiny_pipe.unet) as bank, attention.record(tiny_pipe.unet, what="w", kind="cross") as words:
+        run(tiny_pipe, steps=1)
+    layer, reader = attention.layers(tiny_pipe.unet)[0], attention.layers(tiny_pipe.unet, "cross")[0]
+    for words_of_error, arguments in [
+        ("either query", (words, reader, 1)),
+        ('what="w"', (bank, layer, 1, 0)),
+        ("not to places|not at places", (words, reader, 1, 0)),
+    ]:
+        with pytest.raises(ValueError, match=words_of_error):
+            attention.attention_map(*arguments)
+    with pytest.raises(ValueError, match="tokens 0 to 31"):
+        attention.attention_map(words, reader, 1, key=32)
+    with pytest.raises(ValueError, match="run from 0"):
+        attention.token_at((4, 4), 1.2, 0.5)
+    with pytest.raises(ValueError, match="No cross-attention layer fits"):
+        attention.select(tiny_pipe.unet, 0.125, "cross")
