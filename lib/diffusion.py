@@ -22,6 +22,49 @@ from torch import nn
 from .attention import attention, split_heads
 
 
+# ---------------------------------------------------------------- schedules of beta
+#: name -> (beta of the first step, beta of the last): DDPM's linear, Stable Diffusion's scaled-linear.
+BETA_RANGE = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
+SCHEDULES = ("linear", "scaled_linear", "cosine")
+
+
+def make_betas(schedule: str = "linear", n: int = 1000) -> torch.Tensor:
+    """(n,) the share of variance that each step replaces by noise, in (0, 1).
+
+    "linear": DDPM. "scaled_linear": linear in sqrt(beta), as in Stable Diffusion. "cosine": from
+    abar(s) = cos^2((s + 0.008) / 1.008 * pi / 2), at most 0.999 (Nichol and Dhariwal, eq. 17). Equal to the betas
+    of diffusers' schedulers, where the cosine one is called "squaredcos_cap_v2".
+    """
+    if not isinstance(n, int) or n < 2:
+        raise ValueError(f"n, the number of steps, must be a whole number of at least 2, but it is {n!r}.")
+    if schedule == "cosine":
+        s = torch.linspace(0, 1, n + 1, dtype=torch.float64)
+        abar = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - abar[1:] / abar[:-1]).clamp(max=0.999).float()
+    if schedule not in BETA_RANGE:
+        raise ValueError(f"Unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}.")
+    first, last = BETA_RANGE[schedule]
+    if schedule == "scaled_linear":
+        return torch.linspace(first**0.5, last**0.5, n) ** 2
+    return torch.linspace(first, last, n)
+
+
+def alphas_cumprod(betas) -> torch.Tensor:
+    """abar_t = (1 - beta_0) (1 - beta_1) ... (1 - beta_t): the share of x_0's variance that is left at t."""
+    return (1 - torch.as_tensor(betas)).cumprod(dim=0)
+
+
+def snr(abar) -> torch.Tensor:
+    """Signal-to-noise ratio of x_t: abar / (1 - abar), of variances."""
+    return abar / (1 - abar)
+
+
+def q_step(x, beta, noise) -> torch.Tensor:
+    """One step of the forward process: x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise. (DDPM eq. 2.)"""
+    beta = torch.as_tensor(beta)
+    return (1 - beta).sqrt() * x + beta.sqrt() * noise
+
+
 # ---------------------------------------------------------------- schedule
 def ddim(pipe, steps: int):
     """A DDIMScheduler of `steps` steps with the pipeline's configuration (its own is left alone)."""
@@ -37,13 +80,19 @@ def ddim(pipe, steps: int):
 
 
 def alpha_at(scheduler, t: int) -> torch.Tensor:
-    """abar_t; below timestep 0 (after the last step) the scheduler's `final_alpha_cumprod`."""
-    return scheduler.alphas_cumprod[t] if t >= 0 else scheduler.final_alpha_cumprod
+    """abar_t; below timestep 0 (after the last step) the scheduler's `final_alpha_cumprod` (DDPMScheduler: 1)."""
+    if t >= 0:
+        return scheduler.alphas_cumprod[t]
+    return scheduler.final_alpha_cumprod if hasattr(scheduler, "final_alpha_cumprod") else scheduler.one
 
 
 def previous(scheduler, t: int) -> int:
-    """The next lower noise level of this run: t - 1000 // steps. Negative means the clean end."""
-    return int(t) - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    """The next lower noise level of this run: t - 1000 // steps. Negative means the clean end.
+
+    Without `set_timesteps` (training, teaching) the run is the whole chain: t - 1.
+    """
+    total = scheduler.config.num_train_timesteps
+    return int(t) - total // (scheduler.num_inference_steps or total)
 
 
 def q_sample(scheduler, z0, t, noise) -> torch.Tensor:
@@ -93,6 +142,44 @@ def ddim_step(scheduler, output, t, z, eta=0.0, generator=None) -> torch.Tensor:
     sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()
     noise = torch.randn(z.shape, generator=generator, dtype=torch.float32).to(z)
     return _move(scheduler, output, z, a, a_prev, sigma, noise)
+
+
+def posterior(scheduler, x0, x_t, t) -> tuple:
+    """q(x_prev | x_t, x_0) = N(mean, variance I) at the next lower level of the run. (DDPM eq. 6 and 7.)
+
+    mean = sqrt(abar_prev) beta / (1 - abar) x_0 + sqrt(alpha) (1 - abar_prev) / (1 - abar) x_t,
+    variance = (1 - abar_prev) / (1 - abar) beta, where alpha = abar / abar_prev and beta = 1 - alpha.
+    """
+    a, a_prev = (alpha_at(scheduler, k).to(x_t.device) for k in (int(t), previous(scheduler, t)))
+    alpha, beta = a / a_prev, 1 - a / a_prev
+    mean = (a_prev.sqrt() * beta * x0 + alpha.sqrt() * (1 - a_prev) * x_t) / (1 - a)
+    return mean, (1 - a_prev) / (1 - a) * beta
+
+
+def ddpm_step(scheduler, output, t, x, generator=None) -> torch.Tensor:
+    """x_t -> a draw of x_prev, where the *predicted* x_0 stands in the posterior. Equal to `DDPMScheduler.step`.
+
+    The variance is the posterior's ("fixed_small"), or beta with `variance_type="fixed_large"`, DDPM's other choice.
+    No noise is added in the step to timestep 0's clean end.
+    """
+    t = int(t)
+    a = alpha_at(scheduler, t).to(x.device)
+    x0, _ = split_prediction(scheduler, output, a, x)
+    if scheduler.config.clip_sample:
+        limit = scheduler.config.clip_sample_range
+        x0 = x0.clamp(-limit, limit)
+    mean, variance = posterior(scheduler, x0, x, t)
+    if t == 0:
+        return mean
+    if getattr(scheduler.config, "variance_type", "fixed_small") == "fixed_large":
+        variance = 1 - a / alpha_at(scheduler, previous(scheduler, t)).to(x.device)
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+    return mean + variance.sqrt() * noise
+
+
+def kl_normal(mean_p, var_p, mean_q, var_q):
+    """KL(N(mean_p, var_p) || N(mean_q, var_q)) of one-dimensional Gaussians, in nats, elementwise."""
+    return 0.5 * ((var_q / var_p).log() + (var_p + (mean_p - mean_q) ** 2) / var_q - 1)
 
 
 def ddim_inverse_step(scheduler, output, t, z) -> torch.Tensor:
@@ -180,6 +267,38 @@ def sample(
         changed = on_step(i, t, z) if on_step else None
         z = z if changed is None else changed
     return z
+
+
+@torch.no_grad()
+def sample_loop(predict, scheduler, x, step=ddim_step, generator=None, on_step=None) -> torch.Tensor:
+    """Noise x -> a sample: for every timestep of the run, `step(scheduler, predict(x, t), t, x)`.
+
+    predict(x, t) gives the noise prediction: any network, or `guided(model, label, scale)`. step: `ddim_step` or
+    `ddpm_step` (which draws from `generator`). on_step(i, t, x, output) sees x_t *before* each step.
+    """
+    extra = {} if generator is None else {"generator": generator}
+    for i, t in enumerate(scheduler.timesteps.tolist()):
+        output = predict(x, t)
+        if on_step:
+            on_step(i, t, x, output)
+        x = step(scheduler, output, t, x, **extra)
+    return x
+
+
+def guided(model, label, guidance_scale: float = 1.0):
+    """A predict(x, t) of a labelled model such as `TeachUNet`, with classifier-free guidance against label 0.
+
+    label: (B,) integers, or one for all. With guidance both predictions come from one batched call.
+    """
+
+    def predict(x, t):
+        wanted = torch.as_tensor(label, device=x.device).expand(len(x))
+        if guidance_scale == 1.0:
+            return model(x, t, wanted)
+        both = model(torch.cat([x, x]), t, torch.cat([torch.zeros_like(wanted), wanted]))
+        return cfg(*both.chunk(2), guidance_scale)
+
+    return predict
 
 
 @dataclass
@@ -324,7 +443,7 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = AdaGN(c_out, width)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=False) if c_in != c_out else nn.Identity()
 
     def forward(self, x, e):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -438,7 +557,7 @@ def load_teach(folder=None, device="cpu") -> TeachUNet:
 # ---------------------------------------------------------------- the teaching pictures
 #: What the simple rooms hold; the label of kind k is 1 + k, and label 0 means "anything".
 TEACH_KINDS = ("ball", "box", "vase", "cone", "chair", "table")
-_TEACH_SIZE = {"ball": 1.75, "box": 1.7, "vase": 1.8, "cone": 1.75, "chair": 1.55, "table": 1.2}
+_TEACH_SIZE = {"ball": 1.75, "box": 1.6, "vase": 1.8, "cone": 1.75, "chair": 1.65, "table": 1.25}
 
 
 def teach_scene(seed: int):
@@ -451,21 +570,29 @@ def teach_scene(seed: int):
     rng = random.Random(7919 * seed + 3)
     kind = rng.choice(TEACH_KINDS)
     colours = [c for c in scenes.COLOURS if (kind, c) not in scenes.HELD_OUT_PAIRS and c != "white"]
-    floor = rng.uniform(0.45, 0.7)
+    floor = rng.uniform(0.5, 0.66)
     wall = rng.choice(((0.95, 0.86, 0.74), (0.76, 0.86, 0.95), (0.94, 0.78, 0.78), (0.80, 0.92, 0.80)))
-    bright = rng.uniform(0.8, 1.0)
+    bright = rng.uniform(0.86, 1.0)
     wall = tuple(bright * c for c in wall)
     tiles = (floor, 0.77 * floor, 0.56 * floor)
     room = scenes.Room(
         floor="checks", wall="plain", floor_rgb=(tiles, tuple(0.7 * c for c in tiles)), wall_rgb=(wall, wall)
     )
     side = rng.choice((-1, 1))
-    sun = scenes.Sun(azimuth=side * rng.uniform(46, 62), elevation=rng.uniform(26, 34), ambient=0.72)
+    sun = scenes.Sun(azimuth=side * rng.uniform(50, 58), elevation=rng.uniform(28, 32), ambient=0.72)
     thing = scenes.Thing(
-        kind, rng.choice(colours), x=rng.uniform(-0.55, 0.55), z=rng.uniform(2.9, 3.4),
-        size=_TEACH_SIZE[kind] * rng.uniform(0.94, 1.06), turn=rng.uniform(0, 360), shape=rng.random(),
+        kind, rng.choice(colours), x=rng.uniform(-0.45, 0.45), z=rng.uniform(3.0, 3.25),
+        size=_TEACH_SIZE[kind], turn=rng.choice((-1, 1)) * rng.uniform(22, 42), shape=rng.uniform(0.3, 0.7),
     )  # fmt: skip
     return scenes.Scene(seed, room, sun, scenes.Camera(), (thing,))
+
+
+def teach_label(kind: str) -> int:
+    """The label of a kind: "anything" is 0, the kinds of `TEACH_KINDS` are 1, 2, ...; any other word: ValueError."""
+    known = ("anything", *TEACH_KINDS)
+    if kind not in known:
+        raise ValueError(f"The teaching model knows no {kind!r}; it knows {', '.join(known)}.")
+    return known.index(kind)
 
 
 def teach_pictures(n: int, size: int = 64, split: str = "train", start: int = 0, device="cpu") -> tuple:
