@@ -35,8 +35,9 @@ def channel_pictures(z, size, limit=LIMIT):
 
 
 def enlarge(picture, size):
-    """(1, C, h, w) -> (1, C, size, size) without smoothing, so that every cell stays a square."""
-    return torch.nn.functional.interpolate(picture, size=(size, size), mode="nearest")
+    """(1, C, h, w) -> (1, C, H, W) without smoothing, so that every cell stays a square; size: a side, or (H, W)."""
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    return torch.nn.functional.interpolate(picture, size=size, mode="nearest")
 
 
 def _one(z):
@@ -123,6 +124,38 @@ def latent_cells(pipe, z, channel=0, x=8, y=8, amount=2.0):
     return panel(draw, "latent-cells", what=choice, channel=slider(channel, 0, c - 1, 1, "channel"),
                  x=slider(min(x, w - 1), 0, w - 1, 1, "x (column)"), y=slider(min(y, h - 1), 0, h - 1, 1, "y (row)"),
                  amount=slider(amount, -4.0, 4.0, 0.5, "amount"))
+
+
+# ---------------------------------------------------------------- curves and bars of the lesson
+
+def curves(lines, xlabel, ylabel, log=False):
+    """Lines {name: values, one for each step} in one labelled figure."""
+    view = show.View(figsize=(6.4, 3.0), dpi=100, facecolor="white", layout="constrained")
+    axes = view.add_subplot()
+    for name, values in lines.items():
+        axes.plot(range(1, len(values) + 1), values, label=name, linewidth=1.4)
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    view.alt = f"curves of {', '.join(lines)}"
+    return view
+
+
+def bars(groups, names, ylabel):
+    """Bars {series: one value for each name} side by side; one or two series have their values written on them."""
+    view = show.View(figsize=(7.4, 3.2), dpi=100, facecolor="white", layout="constrained")
+    axes, width = view.add_subplot(), 0.8 / len(groups)
+    for i, (series, values) in enumerate(groups.items()):
+        places = [k + (i - (len(groups) - 1) / 2) * width for k in range(len(names))]
+        drawn = axes.bar(places, values, width, label=series)
+        if len(groups) <= 2:                             # more numbers would run into each other
+            axes.bar_label(drawn, fmt="%.2f", fontsize=8.5, padding=2)
+    axes.set(ylabel=ylabel, xticks=range(len(names)))
+    axes.set_xticklabels(names, fontsize=9)
+    axes.margins(y=0.18)
+    axes.legend(frameon=False, fontsize=9)
+    view.alt = f"bars of {', '.join(groups)} for {', '.join(names)}".replace("\n", " ")
+    return view
 
 
 # ---------------------------------------------------------------- stored pictures
