@@ -253,14 +253,20 @@ def curves(panels, height=3.2):
 
 
 def time_and_memory(run, repeats=3):
-    """(best seconds, extra peak memory in MB) of run(): what it takes beyond what is there already."""
+    """(best seconds, extra peak memory in MB) of run(): what it takes beyond what is there already.
+
+    Memory is the card's own count on CUDA, else the process's, looked at every 10 ms.
+    """
     from lib.benchmark import Peak
+
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
 
     seconds, extra = [], 0.0
     for _ in range(repeats):
         with Peak() as peak:
             before, start = peak.mb, time.perf_counter()
             run()
+            wait()
             seconds.append(time.perf_counter() - start)
         extra = max(extra, peak.mb - before)
     return min(seconds), extra
