@@ -9,7 +9,7 @@ pytestmark = pytest.mark.browser
 def test_the_widgets_of_lesson_04(lab):
     with lab.lesson("04", seconds=500) as page:
         before, after = drag(page, "mask-explorer", slider=0, by=90)
-        assert "pixels to fill" in before and before != after
+        assert "pixels to fill" in after and before != after
         _, after = choose(page, "mask-explorer", "centre box")
         assert "centre box" in after
         before, after = drag(page, "repaint-walk", slider=1, by=60)
