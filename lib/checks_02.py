@@ -36,7 +36,7 @@ register(Check(
               "you normalise along the last axis whatever `dim` says: use dim in the maximum and in the sum."),
         Wrong("the other axis", lambda scores, dim: scores.softmax(-2 if dim == -1 else -1),
               "you normalise along the wrong axis: the columns sum to 1, not the rows. Use `dim`, with keepdim=True."),
-        Wrong("over everything", lambda scores, dim: (scores - scores.max()).exp() / (scores - scores.max()).exp().sum(),
+        Wrong("over everything", lambda scores, dim: scores.flatten().softmax(0).view_as(scores),
               "you divide by the sum over the whole tensor, so all rows together share one 1: sum along `dim`."),
         Wrong("no exp", lambda scores, dim: scores / scores.sum(dim, keepdim=True),
               "you normalise the scores themselves, which gives negative shares: take exp first."),
@@ -63,8 +63,8 @@ def _attention_cases(g):
              torch.randn(2, nk, dv, generator=g)) for nq, nk, d, dv in ((5, 7, 16, 6), (9, 4, 8, 3))]
 
 
-NOT_TRANSPOSED = ("K is not transposed: Q (Nq, d) times K (Nk, d) do not fit. Each query is compared with each key, so the "
-                  "scores are Q K^T, of shape (Nq, Nk): use k.transpose(-1, -2).")
+NOT_TRANSPOSED = ("K is not transposed: Q (Nq, d) times K (Nk, d) do not fit. Each query is compared with each key, "
+                  "so the scores are Q K^T, of shape (Nq, Nk): use k.transpose(-1, -2).")
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,8 @@ register(Check(
         Wrong("heads averaged", lambda q, k, v, heads: _plain(
             _split(q, heads), _split(k, heads), _split(v, heads), q.shape[-1] // heads).mean(1).repeat(1, 1, heads),
               "you average the heads; they stand side by side: head h fills channels h * d to (h + 1) * d - 1."),
-        Wrong("no scale", lambda q, k, v, heads: _merge(_plain(_split(q, heads), _split(k, heads), _split(v, heads), 1)),
+        Wrong("no scale", lambda q, k, v, heads: _merge(
+            _plain(_split(q, heads), _split(k, heads), _split(v, heads), 1)),
               "the division by sqrt(d) is missing, with d = C / heads."),
     ]))
 
@@ -227,7 +228,7 @@ register(Check(
 # ---------------------------------------------------------------- 5. a masked blend of keys (or values)
 
 def blend_tokens(own, source, mask, size):
-    """(1 - m) own + m source, token by token: own, source (B, N, C); mask (B, 1, H, W) in [0, 1]; size = (h, w), N = h w.
+    """(1 - m) own + m source, token by token: own, source (B, N, C), mask (B, 1, H, W) in [0, 1], size (h, w), N = h w.
 
     m is the share of each token's area that lies under the mask (COURSE 4, FeatGLaC).
     """
@@ -237,8 +238,7 @@ def blend_tokens(own, source, mask, size):
 
 def _blend_cases(g):
     return [(torch.randn(b, h * w, c, generator=g), torch.randn(b, h * w, c, generator=g),
-             (torch.rand(b, 1, 2 * h, 2 * w, generator=g) > 0.6).float().repeat_interleave(4, 2).repeat_interleave(4, 3),
-             (h, w))
+             F.interpolate((torch.rand(b, 1, 2 * h, 2 * w, generator=g) > 0.6).float(), scale_factor=4), (h, w))
             for b, h, w, c in ((1, 4, 6, 5), (2, 3, 5, 4))]
 
 

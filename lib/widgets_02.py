@@ -53,7 +53,7 @@ def mark(picture, size, token):
 
 
 def word_map(bank, layers, t, key, size):
-    """How strongly each place looks at word `key`: the mean over all heads and layers (1, 1, h, w), as shown in figures.
+    """How strongly each place looks at word `key`: the mean over all heads and layers, (1, 1, h, w).
 
     bank: cross-attention weights from `record(kind="cross", what="w")`; size: (h, w) of the map.
     """
@@ -118,8 +118,8 @@ def explorer_text(bank, layers, x, y, number, t):
     m = maps.mean(0).flatten()
     half = int((m.sort(descending=True).values.cumsum(0) < 0.5 * m.sum()).sum()) + 1
     h, w = attention.grid(layer, bank.size)
-    return (f"layer {number} of {len(layers)} ({layer.place}, {h} x {w} = {h * w} tokens), t = {t}: token {token} gives "
-            f"itself {float(m[token]):.1%} of its attention; half of it goes to {half} of {h * w} tokens.")
+    return (f"layer {number} of {len(layers)} ({layer.place}, {h} x {w} = {h * w} tokens), t = {t}: token {token} "
+            f"gives itself {float(m[token]):.1%} of its attention; half of it goes to {half} of {h * w} tokens.")
 
 
 CLICK = """
@@ -189,7 +189,8 @@ def attention_explorer(picture, bank, layers, x=0.5, y=0.5):
     def dropdown(options, label, value):
         return ipywidgets.Dropdown(options=options, value=value, description=label, layout=wide, style=style)
 
-    rows = [(f"{i}: {x_.place}, {' x '.join(map(str, attention.grid(x_, bank.size)))}", i) for i, x_ in enumerate(layers, 1)]
+    grids = [" x ".join(map(str, attention.grid(layer, bank.size))) for layer in layers]
+    rows = [(f"{i}: {layer.place}, {size}", i) for i, (layer, size) in enumerate(zip(layers, grids), 1)]
     times = [(f"t = {t}", t) for t in bank.timesteps[::-1]]
     controls = {"x": slider(x, 0.0, 1.0, 0.01, "x (left-right)"), "y": slider(y, 0.0, 1.0, 0.01, "y (top-down)"),
                 "number": dropdown(rows, "layer", len(layers)), "t": dropdown(times, "timestep", bank.timesteps[0]),
@@ -214,19 +215,19 @@ def matrix(values, rows, columns, title="", bold=None):
     n, m = values.shape
     view = show.View(figsize=(1.9 + 0.62 * m, 1.1 + 0.42 * n), dpi=show.DPI, facecolor="white", layout="constrained")
     axes = view.add_subplot()
-    shown = axes.imshow(values.detach().float().cpu().numpy(), cmap="Blues", vmin=0, vmax=max(1e-6, float(values.max())),
-                        aspect="auto")
+    values, top = values.detach().float().cpu(), max(1e-6, float(values.max()))
+    shown = axes.imshow(values.numpy(), cmap="Blues", vmin=0, vmax=top, aspect="auto")
     axes.set_xticks(range(m), columns, fontsize=10)
     axes.set_yticks(range(n), rows, fontsize=10)
     axes.xaxis.tick_top()
     for i in range(n):
         for j in range(m):
-            dark = values[i, j] > 0.6 * values.max()
+            dark = values[i, j] > 0.6 * top
             axes.text(j, i, f"{float(values[i, j]):.2f}", ha="center", va="center", fontsize=8.5,
                       color="white" if dark else "black")
     if bold is not None:
-        axes.plot([-0.5, m - 0.5, m - 0.5, -0.5, -0.5], [bold - 0.48, bold - 0.48, bold + 0.48, bold + 0.48, bold - 0.48],
-                  color="#e45756", lw=2, clip_on=False)
+        low, high, left, right = bold - 0.48, bold + 0.48, -0.5, m - 0.5
+        axes.plot([left, right, right, left, left], [low, low, high, high, low], color="#e45756", lw=2, clip_on=False)
     view.colorbar(shown, ax=axes, label="weight", shrink=0.9)
     axes.set_title(title, fontsize=11)
     view.alt = title or "a matrix of weights"
@@ -286,10 +287,10 @@ def colour_towards(x, a, b):
 
 
 def structure_distance(a, b):
-    """1 - correlation of the brightness steps between neighbouring pixels: 0 = the same outlines, about 1 = unrelated."""
+    """1 - correlation of the brightness steps between neighbouring pixels: 0 = same outlines, about 1 = unrelated."""
     def steps(x):
         grey = x.float().mean(1, keepdim=True)
-        return torch.cat([(grey[..., :, 1:] - grey[..., :, :-1]).flatten(), (grey[..., 1:, :] - grey[..., :-1, :]).flatten()])
+        return torch.cat([grey.diff(dim=-1).flatten(), grey.diff(dim=-2).flatten()])
     return 1 - float(F.cosine_similarity(steps(a), steps(b), dim=0))
 
 
@@ -336,7 +337,8 @@ def swap_strip(pipe, steps=25):
     pair = [scenes.sample(PAIR["FROM"]), scenes.sample(PAIR["TO"])]
     truth = scenes.render(pair).rgb
     r = swapped(pipe, truth, [s.caption() for s in pair], steps)
-    labels = ["picture A", "picture B", "A drawn again", "A with B's keys (K)", "A with B's values (V)", "A with both (K and V)"]
+    labels = ["picture A", "picture B", "A drawn again",
+              "A with B's keys (K)", "A with B's values (V)", "A with both (K and V)"]
     return [truth[:1], truth[1:], r["own"], r["k"], r["v"], r["kv"]], labels
 
 

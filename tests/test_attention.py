@@ -291,13 +291,14 @@ def test_cross_recording_changes_nothing_and_keeps_the_words_weights(tiny_pipe):
     assert kept["w"].shape == (1, 4, 256, 32) and torch.allclose(kept["w"].sum(-1), torch.ones(1, 4, 256), atol=1e-5)
     heads = [attention.split_heads(kept[p], 4) for p in "qk"]
     assert torch.allclose(kept["w"], (heads[0] @ heads[1].mT / 8**0.5).softmax(-1), atol=1e-5)  # heads of width 8
-    words = tiny_pipe.text_encoder(tiny_pipe.tokenizer("a red chair", padding="max_length", return_tensors="pt").input_ids)[0]
+    words = diffusion.embed(tiny_pipe, "a red chair")
     assert torch.allclose(kept["k"], tiny_pipe.unet.get_submodule(layer.name).to_k(words), atol=1e-5)
 
 
 def test_self_and_cross_can_be_recorded_together_and_after_an_exception_all_is_restored(tiny_pipe):
     plain, before = run(tiny_pipe), dict(tiny_pipe.unet.attn_processors)
-    with attention.record(tiny_pipe.unet, what="w") as own, attention.record(tiny_pipe.unet, what="w", kind="cross") as words:
+    words_too = attention.record(tiny_pipe.unet, what="w", kind="cross")
+    with attention.record(tiny_pipe.unet, what="w") as own, words_too as words:
         run(tiny_pipe, steps=1)
     assert len(own.store) == len(words.store) == 10 and own.size == words.size == (16, 16)
     with pytest.raises(KeyError, match="stop"):
@@ -313,7 +314,8 @@ def test_self_and_cross_can_be_recorded_together_and_after_an_exception_all_is_r
 
 
 def test_maps_are_the_recorded_rows_and_columns(tiny_pipe):
-    with attention.record(tiny_pipe.unet, what="w") as own, attention.record(tiny_pipe.unet, what="w", kind="cross") as words:
+    words_too = attention.record(tiny_pipe.unet, what="w", kind="cross")
+    with attention.record(tiny_pipe.unet, what="w") as own, words_too as words:
         run(tiny_pipe, rand(1, 4, 16, 24), steps=1)
     t = own.timesteps[0]
     layer, reader = attention.layers(tiny_pipe.unet)[1], attention.layers(tiny_pipe.unet, "cross")[1]
@@ -328,7 +330,8 @@ def test_maps_are_the_recorded_rows_and_columns(tiny_pipe):
 
 
 def test_maps_name_what_is_wrong(tiny_pipe):
-    with attention.record(tiny_pipe.unet) as bank, attention.record(tiny_pipe.unet, what="w", kind="cross") as words:
+    words_too = attention.record(tiny_pipe.unet, what="w", kind="cross")
+    with attention.record(tiny_pipe.unet) as bank, words_too as words:
         run(tiny_pipe, steps=1)
     layer, reader = attention.layers(tiny_pipe.unet)[0], attention.layers(tiny_pipe.unet, "cross")[0]
     for words_of_error, arguments in [
