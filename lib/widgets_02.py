@@ -155,7 +155,7 @@ export default { render };
 """
 
 
-def click_picture(picture, x=0.5, y=0.5, width=320):
+def click_picture(picture, x=0.5, y=0.5, width=256):
     """A picture to click on, with synchronised x and y in [0, 1]; None where anywidget is not installed."""
     try:
         import anywidget
@@ -167,7 +167,7 @@ def click_picture(picture, x=0.5, y=0.5, width=320):
     class ClickPicture(anywidget.AnyWidget):
         _esm = CLICK
         source = traitlets.Unicode().tag(sync=True)
-        width = traitlets.Int(320).tag(sync=True)
+        width = traitlets.Int(256).tag(sync=True)
         x = traitlets.Float(0.5).tag(sync=True)
         y = traitlets.Float(0.5).tag(sync=True)
 
@@ -180,7 +180,8 @@ def attention_explorer(picture, bank, layers, x=0.5, y=0.5):
     """Click on the picture or slide x and y, choose layer and timestep, and see where this place looks.
 
     picture (1, 3, H, W); bank: self-attention weights "w" recorded at one or more timesteps; layers: those recorded.
-    A VBox: the picture to click on (where anywidget is installed) above a `panel` of controls, text and maps.
+    A `panel` of controls, text and maps; where anywidget is installed, the picture to click on stands beside the
+    controls.
     """
     import ipywidgets
 
@@ -201,11 +202,14 @@ def attention_explorer(picture, bank, layers, x=0.5, y=0.5):
                 explorer_text(bank, layers, x, y, number, t))
 
     box, clicker = panel(draw, "attention-explorer", **controls), click_picture(picture, x, y)
+    text, maps = box.children[-2:]
+    maps.layout = ipywidgets.Layout(align_self="flex-start", max_width="100%")       # its own size, not stretched
     if clicker is None:
         return box
     for name in ("x", "y"):
         ipywidgets.link((clicker, name), (controls[name], "value"))
-    return ipywidgets.VBox([clicker, box])
+    beside = ipywidgets.HBox([clicker, ipywidgets.VBox(box.children[:-2])])
+    return ipywidgets.VBox([beside, text, maps])
 
 
 # ---------------------------------------------------------------- small drawings
