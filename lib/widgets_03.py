@@ -106,9 +106,10 @@ def walk(model, label=0, scale=1.0, steps=STEPS, seed=0, size=64):
     seen = []
 
     def keep(i, t, x, output):
-        seen.append((t, x, predicted_x0(scheduler, x, output, t), output))
+        seen.append((t, x.cpu(), predicted_x0(scheduler, x, output, t).cpu(), output.cpu()))
 
-    x = diffusion.sample_loop(diffusion.guided(model, label, scale), scheduler, x, on_step=keep)
+    device = next(model.parameters()).device
+    x = diffusion.sample_loop(diffusion.guided(model, label, scale), scheduler, x.to(device), on_step=keep).cpu()
     return seen + [(-1, x, x, torch.zeros_like(x))]
 
 
@@ -180,18 +181,18 @@ def walk_strip(path, columns=6):
 
 @torch.no_grad()
 def samples(model, scale=2.0, steps=STEPS, seed=0, each=2, size=64, step=diffusion.ddim_step):
-    """`each` pictures of every kind, (6 each, 3, size, size) in [0, 1], column by column the same noise."""
+    """`each` pictures of every kind, (6 each, 3, size, size) in [0, 1]; the noise depends on seed, each and size only."""
     labels = torch.arange(1, 1 + len(diffusion.TEACH_KINDS)).repeat(each)
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(len(labels), 3, size, size, generator=g)
+    x = torch.randn(len(labels), 3, size, size, generator=g).to(next(model.parameters()).device)
     scheduler = diffusion.ddim(diffusion.teach_scheduler(), steps)
-    return grey(diffusion.sample_loop(diffusion.guided(model, labels, scale), scheduler, x, step, g))
+    return grey(diffusion.sample_loop(diffusion.guided(model, labels, scale), scheduler, x, step, g)).cpu()
 
 
 def make_figures(folder):
     """Draw the stored pictures of lesson 03 (needs the teaching model). Returns their paths."""
     folder, model = Path(folder), diffusion.load_teach()
-    kinds = [f"'{k}'" for k in diffusion.TEACH_KINDS]
+    kinds = [f"label: {k}" for k in diffusion.TEACH_KINDS]
     made = list(samples(model).split(1))
     return [show.sheet(made, kinds * 2, folder / "03_samples.png", columns=6, scale=3),
             show.sheet(*schedule_strip(example_room()), folder / "03_schedules.png", columns=6, scale=3),

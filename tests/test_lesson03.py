@@ -280,6 +280,18 @@ def test_the_rooms_of_the_lesson_are_never_of_the_train_split():
     assert f"rooms[{widgets_03.ROOM}:" in CODE["rooms"]
 
 
+def test_the_recipe_trains_resumes_and_exports(tmp_path, monkeypatch):
+    from lib import train
+    monkeypatch.setattr(train, "CACHE", tmp_path / "cache")
+    train.train_teach(0, 2, batch=2, rooms=3)
+    train.train_teach(0, 3, batch=2, rooms=3)
+    assert train.checkpoint("teach")["step"] == 3
+    train.export(tmp_path / "models", ["teach"])
+    model = diffusion.load_teach(tmp_path / "models" / "teach")
+    assert torch.isfinite(model(rand(1, 3, 64, 64), 500)).all()
+    assert (tmp_path / "models" / "teach" / "README.md").read_text().startswith("# teach")
+
+
 @pytest.mark.slow
 def test_the_lesson_runs_with_other_parameters(tmp_path):
     out = setup.run_notebook(PATH, tmp_path / "03.ipynb", {"SMOKE": True, "SEED": 5, "SIZE": 32, "TRAIN_SIZE": 24,
