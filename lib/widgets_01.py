@@ -86,7 +86,7 @@ def _tiles(edit, what, channel, x, y):
     pictures = [shown, before, after, heat(change * CHANGE)]
     if what == WHAT[0]:
         pictures = [_frame(p, x, y, size // edited.shape[-1]) for p in pictures]
-    labels = [f"channel {channel}, after the edit\nblue -{LIMIT:.0f} … red +{LIMIT:.0f}", "decoded before\n(yellow: the cell)",
+    labels = [f"channel {channel}, after the edit\nblue -{LIMIT:.0f} … red +{LIMIT:.0f}", "decoded before" + ("\n(yellow: the cell)" if what == WHAT[0] else ""),
               "decoded after", f"change x {CHANGE}\nblack 0 … bright {1 / CHANGE:.3f}"]
     return show.tile(pictures, labels, columns=4)
 
