@@ -193,8 +193,8 @@ def make_figures(folder):
     """Draw the stored pictures of lesson 03 (needs the teaching model). Returns their paths."""
     folder, model = Path(folder), diffusion.load_teach()
     kinds = [f"label: {k}" for k in diffusion.TEACH_KINDS]
-    made = list(samples(model).split(1))
-    return [show.sheet(made, kinds * 2, folder / "03_samples.png", columns=6, scale=3),
+    made = list(samples(model, each=1).split(1))            # few enough to keep all their colours below the size limit
+    return [show.sheet(made, kinds, folder / "03_samples.png", columns=3, scale=4),
             show.sheet(*schedule_strip(example_room()), folder / "03_schedules.png", columns=6, scale=3),
-            show.sheet(*walk_strip(walk(model, diffusion.teach_label("chair"), 2.0)),
-                       folder / "03_walk.png", columns=6, scale=3)]
+            show.sheet(*walk_strip(walk(model, diffusion.teach_label("chair"), 2.0), 5),
+                       folder / "03_walk.png", columns=5, scale=4)]
