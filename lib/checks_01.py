@@ -10,12 +10,13 @@ from lib.checks import Check, Wrong, register
 # ---------------------------------------------------------------- 1. how many times fewer values
 
 def compression_factor(image_shape, latent_shape):
-    """Shapes (B, C, H, W) and (B, c, h, w) -> how many times fewer values the latent has: 48 for Stable Diffusion 1.5."""
+    """Shapes (B, C, H, W), (B, c, h, w) -> how many times fewer values the latent has: 48 for SD 1.5."""
     return math.prod(image_shape) / math.prod(latent_shape)
 
 
 def _shape_cases(g):
-    return [((1, 3, 512, 512), (1, 4, 64, 64)), ((2, 3, 128, 192), (2, 4, 16, 24)), ((1, 3, 256, 256), (1, 16, 32, 32))]
+    return [((1, 3, 512, 512), (1, 4, 64, 64)), ((2, 3, 128, 192), (2, 4, 16, 24)),
+            ((1, 3, 256, 256), (1, 16, 32, 32))]
 
 
 register(Check(
@@ -45,7 +46,7 @@ register(Check(
 # ---------------------------------------------------------------- 2. the reparametrised sample
 
 def sample_posterior(mean, logvar, noise):
-    """mean, logvar, noise (B, 4, h, w) -> z = mean + sigma * noise, with sigma = exp(logvar / 2) (Kingma and Welling)."""
+    """mean, logvar, noise (B, 4, h, w) -> z = mean + sigma * noise, sigma = exp(logvar / 2) (Kingma, Welling)."""
     return mean + torch.exp(0.5 * logvar) * noise
 
 
@@ -149,7 +150,8 @@ class ToyVAE:
         self.mix = torch.randn(3, 4, generator=generator) * 0.3
 
     def decode(self, z):
-        return SimpleNamespace(sample=torch.einsum("cd,bdhw->bchw", self.mix, z).repeat_interleave(8, 2).repeat_interleave(8, 3))
+        colours = torch.einsum("cd,bdhw->bchw", self.mix, z)
+        return SimpleNamespace(sample=colours.repeat_interleave(8, 2).repeat_interleave(8, 3))
 
 
 def _decode_cases(g):

@@ -86,8 +86,9 @@ def _tiles(edit, what, channel, x, y):
     pictures = [shown, before, after, heat(change * CHANGE)]
     if what == WHAT[0]:
         pictures = [_frame(p, x, y, size // edited.shape[-1]) for p in pictures]
-    labels = [f"channel {channel}, after the edit\nblue -{LIMIT:.0f} … red +{LIMIT:.0f}", "decoded before" + ("\n(yellow: the cell)" if what == WHAT[0] else ""),
-              "decoded after", f"change x {CHANGE}\nblack 0 … bright {1 / CHANGE:.3f}"]
+    marked = "\n(yellow: the cell)" if what == WHAT[0] else ""
+    labels = [f"channel {channel}, after the edit\nblue -{LIMIT:.0f} … red +{LIMIT:.0f}",
+              f"decoded before{marked}", "decoded after", f"change x {CHANGE}\nblack 0 … bright {1 / CHANGE:.3f}"]
     return show.tile(pictures, labels, columns=4)
 
 
@@ -178,8 +179,10 @@ def promise_strip(pipe, image):
     back = latents.decode(pipe, z).cpu()
     error = (back - image).abs().mean(1, keepdim=True)
     count = latents.compression(image, z)
-    labels = [f"a picture:\n{image.numel():,} numbers"] + [f"latent, channel {i}\n(blue - … red +)" for i in range(z.shape[1])]
-    labels += [f"back from {z.numel():,}\nnumbers, {count:.0f}x fewer", f"what is lost, x {CHANGE // 2}\n(bright = wrong)"]
+    labels = [f"a picture:\n{image.numel():,} numbers"]
+    labels += [f"latent, channel {i}\n(blue - … red +)" for i in range(z.shape[1])]
+    labels += [f"back from {z.numel():,}\nnumbers, {count:.0f}x fewer",
+               f"what is lost, x {CHANGE // 2}\n(bright = wrong)"]
     few = int((z.numel() / 3) ** 0.5)
     shrunk = torch.nn.functional.interpolate(image, size=(few, few), mode="area")
     shrunk = torch.nn.functional.interpolate(shrunk, size=image.shape[-2:], mode="bicubic").clamp(0, 1)

@@ -33,9 +33,9 @@ ANSWERS = {
 # ---------------------------------------------------------------- form
 
 def test_the_parts_of_a_lesson_are_there():
-    titles = ["Settings", "How many numbers", "Into the latent space", "Not a point", "The scaling factor", "What one latent value",
-              "Between two latents", "What is lost", "Train your own", "What it buys", "The real sizes", "Your turn", "Recap",
-              "The same with Stable Diffusion", "Further reading"]
+    titles = ["Settings", "How many numbers", "Into the latent space", "Not a point", "The scaling factor",
+              "What one latent value", "Between two latents", "What is lost", "Train your own", "What it buys",
+              "The real sizes", "Your turn", "Recap", "The same with Stable Diffusion", "Further reading"]
     order = ["**You will be able to**", "**Before this**", "**Minutes**", "**On a GPU**",
              *(f"## {k} · {title}" for k, title in enumerate(titles, 1)), "**Errata.**"]
     places = [WORDS.index(part) for part in order]
@@ -55,7 +55,8 @@ def test_the_places_where_sources_mislead_are_named():
 def test_every_result_has_a_line_on_what_to_notice():
     """Each code cell that shows something is followed by such a line before the next heading of a section."""
     for i, cell in enumerate(LESSON.cells):
-        if cell.cell_type == "code" and re.search(r"show\.(pictures|table)\(|widgets_01\.(curves|bars|latent_cells)\(", cell.source):
+        shows = r"show\.(pictures|table)\(|widgets_01\.(curves|bars|latent_cells)\("
+        if cell.cell_type == "code" and re.search(shows, cell.source):
             rest = []
             for later in LESSON.cells[i + 1:]:
                 if later.cell_type == "markdown" and re.match(r"## ", later.source):
@@ -169,9 +170,10 @@ def test_the_small_vaes_loss_is_the_formula(small):
     loss, parts = small["vae_loss"](small["vae"], x, 0.5, torch.Generator().manual_seed(1))
     mean, logvar = small["vae"].encode(x)
     kl = (0.5 * (mean ** 2 + logvar.exp() - 1 - logvar)).mean()
-    back = small["vae"].decoder(mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=torch.Generator().manual_seed(1)))
+    epsilon = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
+    back = small["vae"].decoder(mean + (logvar / 2).exp() * epsilon)
     rebuilt = ((back - x).abs() + 2 * (back - x) ** 2).mean()
-    assert parts["KL"] == pytest.approx(kl.item(), rel=1e-4) and parts["reconstruction"] == pytest.approx(rebuilt.item(), rel=1e-4)
+    assert parts == pytest.approx({"KL": kl.item(), "reconstruction": rebuilt.item()}, rel=1e-4)
     assert loss.item() == pytest.approx((rebuilt + 0.5 * kl).item(), rel=1e-4)
 
 
