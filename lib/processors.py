@@ -233,7 +233,7 @@ class Edit(Layers):
         with self._precision(precise):
             shot = edit.with_model(shot, self.pipe, chosen["prompt"] or self.words, chosen["mechanism"], generator,
                                    steps=chosen["steps"])
-        metrics = {"at": float(place.at), "visible": shot.facts["object"]["visible_share"],
+        metrics = {"at": float(place.at), "passes": shot.facts["model"]["unet_passes"], "visible": shot.facts["object"]["visible_share"],
                    "change": shot.facts["model"]["mean_change"], **self.depth_error(shot)}
         return Output(shot.result[0].float().cpu().permute(1, 2, 0).numpy(), metrics)
 
