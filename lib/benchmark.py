@@ -783,6 +783,7 @@ VARIANTS = {
     "one sample": {"samples": 1},
     "layers noised instead of inverted": {"sources": "noised"},
     "no anchor outside the ring": {"anchor": 0.0},
+    "faint darkening ignored": {"quiet": 0.1},
     "residual decoding": {"decode": "residual"},
     "plain decoding": {"decode": "plain"},
 }

@@ -52,7 +52,7 @@ class Settings:
         plain step_size x gradient.
     hole: what a 9-channel inpainting U-Net is to paint: the whole "ring", or only "around" the object.
     decode: "residual" (composite + D(z) - D(E(composite))), "plain" (D(z)), "blend" (by size of the change),
-        "relight" (composite x the smoothed ratio D(z) / D(E(composite)): see `relight`, `smooth`).
+        "relight" (composite x the smoothed ratio D(z) / D(E(composite)): see `relight`, `smooth`, `quiet`).
     restore: "occluder" puts back what is in front of the object, "outside" all outside the ring too, "none".
     fill, soft: of `compose`: how the hole behind B's foreground is filled (`lib.inpaint.fill`), and the half
         width in pixels of the cut's soft edge (`deglad.split`).
@@ -87,6 +87,7 @@ class Settings:
     hole: str = "ring"
     decode: str = "relight"
     smooth: float = 0.03
+    quiet: float = 0.0
     restore: str = "occluder"
     fill: object = "telea"
     soft: float = 0.0
@@ -500,25 +501,26 @@ def _decode(job, z) -> torch.Tensor:
     if job.set.decode == "residual":
         return residual
     if job.set.decode == "relight":
-        return relight(target, after, before, job.visible, job.set.smooth)
+        return relight(target, after, before, job.visible, job.set.smooth, job.set.quiet)
     change = F.avg_pool2d((after - before).abs().mean(1, keepdim=True), 9, 1, 4, count_include_pad=False)
     weight = ((change - 0.04) / 0.12).clamp(0, 1)  # below 4 % change residual, above 16 % plain decoding
     return over(after.clamp(0, 1), weight, residual)
 
 
-def relight(picture, after, before, mask, smooth=0.02) -> torch.Tensor:
+def relight(picture, after, before, mask, smooth=0.02, quiet=0.0) -> torch.Tensor:
     """picture x after / before, the ratio smoothed inside and outside the mask apart: only the light changes.
 
     Light multiplies, and a shadow on a chequered floor leaves the chequers: a ratio keeps the picture's own
     detail, where a difference of two blurred decodings cannot. Outside the mask it only darkens, by one factor for
     all three channels: a thing that is put into a room takes light from its surroundings, (mirrors apart) gives
     none, and a shadow has hardly a colour of its own.
-    smooth: sigma of the blur, as a part of the smaller side.
+    smooth: sigma of the blur, as a part of the smaller side. quiet: how much darker (log ratio) around the object
+    counts as nothing: a small model's doubts are many and faint, a shadow is one and plain.
     """
     ratio = ((after.clamp(min=0) + 0.05) / (before.clamp(min=0) + 0.05)).log().clamp(-2, 2)
     inside = (mask >= 0.5).to(picture)
     grey = ratio.mean(1, keepdim=True).expand_as(ratio)
-    around = _blur_under(grey, _without_rim(1 - inside), smooth).clamp(max=0)
+    around = (_blur_under(grey, _without_rim(1 - inside), smooth) + quiet).clamp(max=0)
     light = over(_blur_under(ratio, _without_rim(inside), smooth), inside, around)
     return (picture * light.exp()).clamp(0, 1)
 

@@ -359,7 +359,8 @@ def _fresh(name: str) -> dict[str, torch.nn.Module]:
         vae.quant_conv.requires_grad_(False)
         return {"vae": vae}
     return {"vae": lambda: {"vae": make_vae()}, "depth": lambda: {"depth": make_depth()},
-            "judge": lambda: {"judge": Judge()}, "inpaint": lambda: {"unet": make_unet(9)},
+            "judge": lambda: {"judge": Judge()},
+            "inpaint": lambda: {"unet": make_unet(9), "text": make_text(make_tokenizer()).requires_grad_(False)},
             "fillnet": lambda: {"gen": FillNet()}, "teach": lambda: {"teach": TeachUNet()}}[name]()
 
 
@@ -705,7 +706,8 @@ def train_inpaint(minutes: float, steps: int, device="cpu", batch: int = 32) -> 
     tokenizer = make_tokenizer()
     parts, _ = averaged("unet", unet=make_unet(), text=make_text(tokenizer))
     unet, text, scheduler = plain_attention(widen(parts["unet"]), device), parts["text"].to(device), make_scheduler()
-    run = Run("inpaint", {"unet": unet}, 6e-4, minutes, steps, device, ema_decay=.9995)
+    run = Run("inpaint", {"unet": unet, "text": text.requires_grad_(False)}, 6e-4, minutes, steps, device,
+              list(unet.parameters()), ema_decay=.9995)
     latents = Latents(frozen_vae().to(device), device)
     g = torch.Generator().manual_seed(400 + run.step)
     for _ in run:
@@ -933,7 +935,8 @@ def _export_pipeline(folder: Path, inpaint: bool) -> None:
     runs = {"unet": info}
     if inpaint:
         parts["unet"] = make_unet(9)
-        _, runs["inpaint"] = averaged("inpaint", unet=parts["unet"])
+        own, runs["inpaint"] = averaged("inpaint", unet=parts["unet"], text=make_text(tokenizer).requires_grad_(False))
+        parts["text"] = own["text"]
     vae = frozen_vae()
     for name in ("vae", "decoder"):
         if state := checkpoint(name):

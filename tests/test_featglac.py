@@ -425,6 +425,10 @@ def test_relighting_changes_light_and_keeps_detail():
     assert (relit - truth).abs().max() < 0.1 and (relit - truth).abs().mean() < 0.03
     assert (chequers + after - before - truth).abs().mean() > 0.06  # what a difference would have done
     assert torch.allclose(featglac.relight(chequers, before, before, mask), chequers, atol=1e-5)
+    faint = featglac.relight(chequers, before * 0.95, before, mask, quiet=0.1)
+    around = (mask == 0).expand_as(chequers)
+    assert torch.allclose(faint[around], chequers[around], atol=1e-5)  # a faint doubt around the object is none
+    assert (featglac.relight(chequers, before * 0.95, before, mask)[around] < chequers[around] - 5e-3).all()
 
 
 def test_the_opposite_light():
