@@ -146,7 +146,9 @@ def drag(page, css_class, slider=0, by=90):
     """Drag one of a panel's sliders by so many pixels; the picture must change. Returns its text before and after."""
     seen, before = picture(page, css_class), text(page, css_class)
     old, name = shot(seen, f"{css_class}_before"), f"{css_class}_after"
-    box = panel(page, css_class).locator(".noUi-handle, .ui-slider-handle").nth(slider).bounding_box()
+    handle = panel(page, css_class).locator(".noUi-handle, .ui-slider-handle").nth(slider)
+    handle.scroll_into_view_if_needed()                                # a panel may be taller than the window
+    box = handle.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x, y)
     page.mouse.down()
