@@ -157,7 +157,7 @@ def list_inputs(source, depth="", limit=0) -> tuple[list[dict], int]:
                 if Path(name).suffix.lower() in PICTURES:
                     found.append(Path(at, name))
                 else:
-                    others += name in files
+                    others += name in files and name != "frames.jsonl"
     elif source.is_file():
         root = source.parent
         found = [root / line for line in source.read_text(encoding="utf8", errors="surrogateescape").splitlines() if line]
@@ -277,13 +277,12 @@ def open_or_create(folder, source="", process="", settings=None, shard_size=0, p
 def _frozen(folder, source, depth, limit, step):
     """(root, items); of a video, its frames, which are written into the job's folder first."""
     path = Path(source)
-    of_video = path.suffix.lower() in VIDEOS
-    if of_video:
+    if path.suffix.lower() in VIDEOS:
         from lib import video
         path = video.extract(path, folder / "frames", step)
     items, others = list_inputs(path, depth, limit)
-    if others and not of_video:
-        print(f"{others} files in {path} are not named like pictures and were left out.")
+    if others:
+        print(f"Left out in {path}, because not named like pictures: {others}.")
     return (path if path.is_dir() else path.parent).resolve(), items
 
 
@@ -623,6 +622,9 @@ def sweep(job: Job):
         if not (pid.isdigit() and _started(int(pid))):
             path.unlink(missing_ok=True)
     waiting = {f"{number:05d}" for number in job.pending()}
+    for path in job.folder.glob("claims/[0-9]*"):
+        if path.name not in waiting:                              # killed between the done mark and its release
+            path.unlink(missing_ok=True)
     for path in [*job.folder.glob("manifest/*.part.jsonl"), *job.folder.glob("out/*")]:
         name = path.name.split(".")[0]
         if name not in waiting and name.isdigit() and (path.suffix or job.facts["fingerprint"]["pack"] == "tar"):

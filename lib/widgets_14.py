@@ -48,6 +48,7 @@ def curves(x, series, xlabel, ylabel, alt="chart", bottom=0):
     view, axes = _view(6.4, 2.8, alt)
     for colour, (label, y) in zip(COLOURS, series.items()):
         axes.plot(x, y, "o-", color=colour, markersize=4, linewidth=1.4, label=label)
+    axes.set_xticks(x)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.set_ylim(bottom=bottom)

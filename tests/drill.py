@@ -131,7 +131,7 @@ def strays(job, rows):
     if not job.shard(0).packed:
         wanted |= {job.shard(row["shard"]).out / row["output"] for row in rows if row["status"] == "ok"}
     return sorted(p for p in job.folder.rglob("*") if p.is_file() and p not in wanted
-                  and p.parent.name not in ("log", "report"))
+                  and p.parent.name not in ("log", "report", "frames"))
 
 
 # ---------------------------------------------------------------- disturbing it

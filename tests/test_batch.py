@@ -764,13 +764,15 @@ def test_the_real_pipeline_names_what_is_wrong(tmp_path):
 
 
 @pytest.mark.slow
-def test_ray_with_a_node_that_dies(tmp_path):
+def test_ray_with_a_node_that_dies(tmp_path, monkeypatch):
+    for name, seconds in (("gcs_server_request_timeout_seconds", 120), ("health_check_timeout_ms", 60_000)):
+        monkeypatch.setenv(f"RAY_{name}", str(seconds))            # a busy machine answers late
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
-    job = slow_job(tmp_path, 80, 0.1)
+    job = slow_job(tmp_path, 80, 0.1)                      # 8 s of work
     clean = jobs.open_or_create(tmp_path / "clean", tmp_path / "in", drill.SPEC, {"slow": 0.1}, shard_size=10)
     batch.work(clean)
-    small = {"object_store_memory": 80_000_000, "node_ip_address": "127.0.0.1"}
+    small = {"object_store_memory": 80_000_000, "node_ip_address": "127.0.0.2"}    # loopback too; Ray replaces 127.0.0.1
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
     try:
         nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
@@ -779,7 +781,7 @@ def test_ray_with_a_node_that_dies(tmp_path):
         fell = []
 
         def fall():
-            wait_for(lambda: len(job.rows()) > 12, 90)
+            wait_for(lambda: len(job.rows()) > 12, 300)
             cluster.remove_node(nodes[0], allow_graceful=False)
             fell.append(len(job.rows()))
         thread = threading.Thread(target=fall)
