@@ -135,7 +135,8 @@ def load_vae(name: str = "taesd", device="cpu", dtype=None, quiet: bool = False)
     inversion."""
     from diffusers import AutoencoderTiny
     folder, used = find(name, "vae")
-    vae = AutoencoderTiny.from_pretrained(folder, use_safetensors=True).to(device, dtype or torch.float32)
+    vae = AutoencoderTiny.from_pretrained(folder, use_safetensors=True)
+    _cast(vae, device, dtype or torch.float32)
     vae.eval().requires_grad_(False)
     vae.loaded_from = used
     return _say(vae, name, used, quiet)
@@ -264,7 +265,7 @@ def _no_bars():
 
 
 def _cast(pipe, device, dtype):
-    """pipe.to, without diffusers' warning on every cast (it comes also when no module has to stay in
+    """pipe.to (or a model's), without diffusers' warning on every cast (it comes also when no module has to stay in
     float32)."""
     from diffusers.utils import logging
     level = logging.get_verbosity()

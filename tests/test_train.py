@@ -153,7 +153,7 @@ def test_transformers_loads_the_depth_model_and_near_is_high():
 def test_weights_are_small_and_have_cards_and_logs():
     files = list(SHIPPED.rglob("*.safetensors"))
     assert files and sum(f.stat().st_size for f in files) <= 45e6
-    for name in ("mini", "mini-inpaint", "mini-depth", "judge"):
+    for name in ("mini", "mini-inpaint", "mini-depth", "judge", "teach", "fillnet"):
         card = json.loads((SHIPPED / name / "card.json").read_text())
         assert card["quality"] and all(r["step"] > 0 for r in card["runs"].values())
         assert all((SHIPPED / name / f"log_{run}.csv").is_file() for run in card["runs"])
