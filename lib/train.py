@@ -879,8 +879,8 @@ def _card(folder: Path, runs: dict, **more) -> None:
 
 _WHAT = {"mini": "Text to image in the Miniature, in the format of a `StableDiffusionPipeline` folder (f = 8, 4 latent channels, "
                  "128x128).",
-         "mini-inpaint": "The 9-channel inpainting model, in the format of a `StableDiffusionInpaintPipeline` folder; VAE and "
-                         "text encoder are those of `mini`.",
+         "mini-inpaint": "The 9-channel inpainting model, in the format of a `StableDiffusionInpaintPipeline` folder. The VAE "
+                         "is that of `mini`; U-Net and text encoder began as `mini`'s were when this run began.",
          "mini-depth": "A small transformers `DPTForDepthEstimation`. It gives *inverse* depth, near = high, like MiDaS: "
                        "metres = inverse_scale / prediction (the constant is in card.json).",
          "judge": "A timm network that scores edits: depth, kind and colour of every pixel. Other architecture and seed than "
