@@ -894,7 +894,12 @@ GOALS = {"vae_psnr": ("VAE, PSNR over the picture (dB)", 34, True),
          "feat_dist_telea": ("... Telea", None, False),
          "feat_dist_biharmonic": ("... biharmonic", None, False),
          "psnr_model": ("PSNR in the hole, mean of four samples (dB)", None, True),
-         "psnr_telea": ("... Telea", None, True), "psnr_biharmonic": ("... biharmonic", None, True)}
+         "psnr_telea": ("... Telea", None, True), "psnr_biharmonic": ("... biharmonic", None, True),
+         "psnr_in_the_hole": ("PSNR in the hole (dB)", None, True),
+         "psnr_in_the_hole_of_telea": ("... Telea", None, True),
+         "psnr_in_the_hole_of_grey": ("... grey", None, True),
+         "t = 100": ("squared error of the predicted noise, t = 100", None, False),
+         "t = 400": ("... t = 400", None, False), "t = 800": ("... t = 800", None, False)}
 
 
 def quality_table(figures):
