@@ -24,6 +24,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -332,7 +333,7 @@ def source_of(name):
     parts = []
     for place in find(name).source.split():
         module, _, function = place.partition(":")
-        text = inspect.getsource(getattr(importlib.import_module(module), function))
+        text = inspect.getsource(attrgetter(function)(importlib.import_module(module)))
         parts.append(f"# {place.replace(':', '.')}\n{textwrap.dedent(text)}")
     return "\n\n".join(parts)
 

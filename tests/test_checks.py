@@ -72,7 +72,7 @@ def test_untouched_stub_is_todo(name, stub):
         result = Check("t", lambda x: x, lambda g: [(torch.ones(1),)]).run(stub)
     else:
         result = checks.find(name).run(stub)
-    assert count >= 2 and result.status == "todo" and "not attempted yet" in result.message
+    assert count >= 1 and result.status == "todo" and "not attempted yet" in result.message
 
 
 def simple(reference=lambda x: x * 0.5, **options):
