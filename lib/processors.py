@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ class Output(NamedTuple):
     metrics: dict
 
 
-class Processor:
+class Processor(ABC):
     """decode (in loader threads) -> infer (a few at a time) -> check -> encode (in the writer thread).
 
     `infer` may raise out-of-memory errors: it is called again with fewer pictures. It must give the same picture for
@@ -51,12 +52,13 @@ class Processor:
         """What else decides the output (weights, say), for the fingerprint."""
         return {}
 
+    @abstractmethod
     def decode(self, item: dict):
         """item: id, path, bytes, depth? -> anything `infer` takes. BadInput, or whatever a decoder raises."""
-        raise NotImplementedError
 
+    @abstractmethod
     def infer(self, inputs: list, seeds: list[int], precise: bool = False) -> list[Output]:
-        raise NotImplementedError
+        """One result for each input, made with its seed; precise: in full precision."""
 
     def check(self, output: Output, decoded) -> str:
         """What is wrong with a result, or ""."""

@@ -35,37 +35,6 @@ def test_the_parts_of_a_lesson_are_there():
     assert "**(!)**" in WORDS
 
 
-def test_every_result_has_a_line_on_what_to_notice():
-    """Each code cell that shows pictures is followed by such a line before the next heading."""
-    cells = LESSON.cells
-    for i, cell in enumerate(cells):
-        if cell.cell_type == "code" and re.search(r"show\.(pictures|depth|table)\(|depth_threshold\(", cell.source):
-            rest = []
-            for later in cells[i + 1:]:
-                if later.cell_type == "markdown":
-                    if re.match(r"##", later.source):
-                        break
-                    rest.append(later.source)
-            assert any("What to notice" in text for text in rest), f"cell {cell.id} has no line on what to notice"
-
-
-def test_cells_are_short_and_named():
-    for name, source in CODE.items():
-        assert re.fullmatch(r"[a-z][a-z0-9-]+", name)
-        if name != "setup":
-            assert len(source.splitlines()) <= 13, f"cell {name} is long"
-            assert max(map(len, source.splitlines())) <= 126, f"cell {name} has a long line"
-
-
-def test_stored_pictures_exist_and_are_small():
-    names = re.findall(r'show\.figure\("(.+?)", alt="', "\n".join(CODE.values()))
-    assert set(names) == {"00_edit", "00_threshold_strip"}
-    for name in names:
-        path = setup.figures_dir() / f"{name}.png"
-        assert path.is_file(), f"{path.name} is missing: make figures"
-        assert path.stat().st_size <= show.MAX_FIGURE_BYTES
-
-
 def test_the_figures_show_the_lessons_own_case():
     parameters = setup.notebook_parameters(PATH)
     assert {k: parameters[k] for k in widgets.EXAMPLE} == widgets.EXAMPLE
@@ -111,11 +80,6 @@ def test_a_right_answer_written_into_the_cell_passes(number, name, capsys):
     assert source.count("    ...\n") == 1
     exec(source.replace("    ...\n", f"    {answers[name]}\n"), {"check": checks.check})
     assert f"[ok] {name}" in capsys.readouterr().out
-
-
-def test_exercises_name_minutes_and_difficulty():
-    heads = re.findall(r"^### Exercise (\d) · .+\((\d+) minutes, (easy|medium|hard).*\)$", WORDS, re.M)
-    assert [head[0] for head in heads] == ["1", "2", "3"]
 
 
 def test_the_d_of_the_text_separates_table_and_chair():
