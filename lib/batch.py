@@ -307,7 +307,6 @@ def work(job: Job, options: Options | None = None, device="cpu", index=0, worker
     options = options or Options()
     stop, name = _stopper(options), f"{socket.gethostname()}-{os.getpid()}"
     runner = Runner(processor or job.processor(device), options, stop, name)
-    (job.folder / "claims").mkdir(exist_ok=True)
     try:
         while not stop():
             left = job.pending()

@@ -181,6 +181,46 @@ def ray(job, plan, progress, stopped) -> int:
     return DONE
 
 
+@contextlib.contextmanager
+def loopback_cluster(nodes=2, tries=3):
+    """A Ray cluster inside this machine, to learn and to test with: a head that does no work, and nodes of one CPU each.
+
+    Yields (cluster, nodes) with this process connected to it; `cluster.remove_node(nodes[0], allow_graceful=False)` is
+    a machine that dies. Ray gives a node 30 s to come up, which a busy machine may miss: then all of it is tried again.
+    """
+    import ray as cluster
+    from ray.cluster_utils import Cluster
+    patience = {"RAY_gcs_server_request_timeout_seconds": "120", "RAY_health_check_timeout_ms": "60000"}
+    held = {name: os.environ.get(name) for name in patience}
+    small = {"object_store_memory": 80_000_000, "node_ip_address": "127.0.0.2"}    # loopback too; Ray replaces 127.0.0.1
+    made = None
+    os.environ.update(patience)
+    try:
+        for left in reversed(range(tries)):
+            try:
+                made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
+                workers = [made.add_node(num_cpus=1, **small) for _ in range(nodes)]
+                made.wait_for_nodes()
+                cluster.init(address=made.address, log_to_driver=False)
+                break
+            except Exception:
+                _shut(cluster, made)
+                made = None
+                if not left:
+                    raise
+        yield made, workers
+    finally:
+        _shut(cluster, made)
+        for name, value in held.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _shut(cluster, made):
+    cluster.shutdown()
+    if made is not None:
+        made.shutdown()
+
+
 def _past(deadline) -> bool:
     return bool(deadline) and time.time() > deadline
 

@@ -339,6 +339,7 @@ class Claim:
 
     def _create(self) -> bool:
         with _writing(self.path):
+            self.path.parent.mkdir(exist_ok=True)                 # whoever comes first: a worker, or a task of Ray
             try:
                 handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
             except FileExistsError:

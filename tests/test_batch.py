@@ -763,21 +763,24 @@ def test_the_real_pipeline_names_what_is_wrong(tmp_path):
     assert "one colour" in object.__new__(processors.Edit).check(flat, {"image": torch.rand(1, 3, 8, 8)})
 
 
+def test_a_task_of_ray_on_a_job_that_no_other_engine_has_touched(tmp_path, source):
+    """(Ray itself is not needed: a task is a plain function.) The first one makes the folders it needs."""
+    from dataclasses import asdict
+    job = new(tmp_path, source)
+    options = asdict(batch.Options(batch=4, loaders=1))
+    assert all(engines.ray_shard(str(job.folder), job.facts["root"], n, options, "cpu", False) for n in job.shards)
+    for runner in [engines._RUNNERS.pop(key) for key in list(engines._RUNNERS)]:
+        runner.close()
+    check_whole(job)
+
+
 @pytest.mark.slow
-def test_ray_with_a_node_that_dies(tmp_path, monkeypatch):
-    for name, seconds in (("gcs_server_request_timeout_seconds", 120), ("health_check_timeout_ms", 60_000)):
-        monkeypatch.setenv(f"RAY_{name}", str(seconds))            # a busy machine answers late
-    ray = pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
+def test_ray_with_a_node_that_dies(tmp_path):
+    pytest.importorskip("ray")
     job = slow_job(tmp_path, 80, 0.1)                      # 8 s of work
     clean = jobs.open_or_create(tmp_path / "clean", tmp_path / "in", drill.SPEC, {"slow": 0.1}, shard_size=10)
     batch.work(clean)
-    small = {"object_store_memory": 80_000_000, "node_ip_address": "127.0.0.2"}    # loopback too; Ray replaces 127.0.0.1
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
-    try:
-        nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
-        cluster.wait_for_nodes()
-        ray.init(address=cluster.address, log_to_driver=False)
+    with engines.loopback_cluster(2) as (cluster, nodes):
         fell = []
 
         def fall():
@@ -789,9 +792,6 @@ def test_ray_with_a_node_that_dies(tmp_path, monkeypatch):
         plan = batch.Plan(batch.Options(batch=2), workers=2, engine="ray", quiet=True, device="cpu")
         assert batch.run(job, plan) == batch.DONE
         thread.join()
-        assert fell and fell[0] < 80                       # it died in mid-run
-        assert hashes(job) == hashes(clean)
-        check_whole(job)
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+    assert fell and fell[0] < 80                           # it died in mid-run
+    assert hashes(job) == hashes(clean)
+    check_whole(job)

@@ -16,6 +16,7 @@ from lib import setup
 REPO = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf8"))
 NEEDS = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
+CLUSTER = [Requirement(line) for line in PROJECT["project"]["optional-dependencies"]["cluster"]]
 make_only = pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 
 
@@ -91,7 +92,7 @@ def test_ci_runs_the_readmes_test_command():
 def test_constraints_hold_an_exact_version_within_each_floor():
     lines = [line for line in (REPO / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
     pins = dict(line.split("==") for line in lines)
-    for need in NEEDS:
+    for need in [*NEEDS, *CLUSTER]:
         assert need.name in pins, f"{need.name} has no tested version in constraints.txt"
         assert need.specifier.contains(pins.pop(need.name)), f"{need.name}: tested version below its floor"
     assert not pins, f"constraints.txt names what is no dependency: {', '.join(pins)}"
