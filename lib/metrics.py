@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,10 @@ from torch import nn
 from lib.depth import abs_rel, align_scale_shift, delta1, ordinal_error
 from lib.depth import rmse as depth_rmse
 
-__all__ = ["Judge", "JudgeFeatures", "abs_rel", "align_scale_shift", "delta1", "depth_rmse", "feat_dist",
-           "fid",
-           "judge_maps", "kid", "mean_iou", "object_present", "occlusion_order", "ordinal_error",
-           "paired_bootstrap",
-           "psnr", "rmse", "seam", "ssim"]
+__all__ = ["Judge", "JudgeFeatures", "abs_rel", "align_scale_shift", "delta1", "depth_rmse", "feat_dist", "fid",
+           "frechet_distance", "frechet_gaussians", "judge_maps", "kernel_distance", "kid", "lpips", "mean_iou",
+           "object_present", "occlusion_order", "ordinal_error", "paired_bootstrap", "psnr", "rmse", "seam", "ssim",
+           "unpaired_bootstrap"]
 
 
 # ------------------------------------------------------------------------------------------ the judge
@@ -200,6 +201,46 @@ def feat_dist(judge, a, b, zone=None):
     return total / len(pairs)
 
 
+def lpips(a, b, net="alex", fetch=False):
+    """The real LPIPS (Zhang et al. 2018), by torchmetrics: (B,), 0 = equal. Pictures (B, 3, H, W) in [0, 1].
+
+    net: "alex", "vgg" or "squeeze". The learned channel weights come with torchmetrics; the network's own ImageNet
+    weights are torchvision's and have to be in torch's cache. fetch=True lets torchvision fetch them (once, needs a
+    connection). Raises `models.ModelUnavailable` with what is missing otherwise: nothing is put in its place."""
+    _check_pair(a, b)
+    model = _lpips_net(net, fetch).to(a.device)
+    with torch.no_grad():
+        return model(a.float().clamp(0, 1), b.float().clamp(0, 1), normalize=True).reshape(-1)
+
+
+def lpips_weights(net="alex"):
+    """Where torchvision keeps the ImageNet weights that LPIPS needs: (Path, URL). The file may not be there."""
+    from torchvision import models as vision
+    names = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}
+    if net not in names:
+        raise ValueError(f"LPIPS has the networks {', '.join(names)}; not {net!r}.")
+    url = getattr(vision, names[net]).IMAGENET1K_V1.url
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1], url
+
+
+@lru_cache(maxsize=2)
+def _lpips_net(net, fetch):
+    from lib.models import ModelUnavailable
+    path, _ = lpips_weights(net)
+    if not path.is_file() and not fetch:
+        raise ModelUnavailable(f"LPIPS needs the file {path.name} (torchvision's ImageNet weights), which is not in torch's "
+                               f"cache: call metrics.lpips(a, b, net={net!r}, fetch=True) once with a connection. "
+                               "Without it use feat_dist, which is not LPIPS.")
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # torchvision says that "pretrained" is now called "weights"
+            return LearnedPerceptualImagePatchSimilarity(net_type=net, normalize=True).net.eval().requires_grad_(False)
+    except OSError as error:                        # no connection: URLError is an OSError
+        raise ModelUnavailable(f"LPIPS needs {path.name}, and fetching it failed ({error}): try again with a connection, "
+                               "or use feat_dist, which is not LPIPS.") from None
+
+
 def seam(image, fill_mask, width=5):
     """How much the edge of a filled hole shows: (B,), 0 = no more than its surroundings, in values per pixel.
 
@@ -242,6 +283,49 @@ class JudgeFeatures(nn.Module):
 
     def forward(self, image):
         return self.judge.features(image.float())[-1].float().mean((-2, -1))
+
+
+def frechet_gaussians(mean_a, cov_a, mean_b, cov_b):
+    """Frechet distance of two Gaussians: |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)), a float, 0 = equal.
+
+    mean (C,), cov (C, C), symmetric. tr (A B)^(1/2) is taken as the trace of the root of the *symmetric* matrix
+    A^(1/2) B A^(1/2), which has the same eigenvalues: no complex parts to throw away, even where a covariance has
+    not full rank (Dowson and Landau 1982; Heusel et al. 2017)."""
+    ma, a, mb, b = (torch.as_tensor(x).double() for x in (mean_a, cov_a, mean_b, cov_b))
+    if ma.ndim != 1 or a.shape != (len(ma), len(ma)) or mb.shape != ma.shape or b.shape != a.shape:
+        raise ValueError(f"give means (C,) and covariances (C, C) of one C; got {tuple(ma.shape)}, {tuple(a.shape)}, "
+                         f"{tuple(mb.shape)}, {tuple(b.shape)}")
+    values, vectors = torch.linalg.eigh(a)
+    half = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    root = torch.linalg.eigvalsh(half @ b @ half).clamp(min=0).sqrt().sum()
+    return float((ma - mb).square().sum() + a.trace() + b.trace() - 2 * root)
+
+
+def frechet_distance(x, y):
+    """`fid` of features that are there already, x (N, C) and y (M, C): a float. See `frechet_gaussians`."""
+    x, y = _check_features(x, y)
+    return frechet_gaussians(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
+
+
+def kernel_distance(x, y, biased=False):
+    """Squared MMD of two sets of features, x (N, C) and y (M, C), with KID's kernel k(a, b) = (a.b / C + 1)^3.
+
+    Unbiased by default: pairs of a feature with itself are left out, so the mean over draws is the true distance at
+    any N, and single values may be negative. biased=True keeps them (Gretton et al. 2012; Binkowski et al. 2018)."""
+    x, y = _check_features(x, y)
+    kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3
+    xx, yy, (n, m) = kernel(x, x), kernel(y, y), (len(x), len(y))
+    if biased:
+        return float(xx.mean() + yy.mean() - 2 * kernel(x, y).mean())
+    within = (xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (m * (m - 1))
+    return float(within - 2 * kernel(x, y).mean())
+
+
+def _check_features(x, y):
+    x, y = (torch.as_tensor(v).double() for v in (x, y))
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
+        raise ValueError(f"give features (N, C) and (M, C), at least 2 of each; got {tuple(x.shape)}, {tuple(y.shape)}")
+    return x, y
 
 
 def fid(real, made, features):
@@ -342,18 +426,35 @@ def paired_bootstrap(a, b, level=0.95, resamples=9999, seed=0):
     a, b: scores of two methods on the *same* scenes, in the same order; scenes where either is NaN are left
     out. Percentile bootstrap by scipy.stats.bootstrap(paired=True). With fewer than 2 scenes the bounds are
     NaN."""
-    from scipy import stats
+    a, b = _scene_scores(a, b)
+    return _bootstrap(a, b, True, level, resamples, seed)
+
+
+def unpaired_bootstrap(a, b, level=0.95, resamples=9999, seed=0):
+    """The same interval if one forgets that the scenes are the same: a and b are drawn again independently.
+
+    For comparison only (lesson 12): how hard a scene is stays in the interval, which is usually far too wide."""
+    a, b = _scene_scores(a, b)
+    return _bootstrap(a, b, False, level, resamples, seed)
+
+
+def _scene_scores(a, b):
     a, b = (np.asarray(x, dtype=float).ravel() for x in (a, b))
     if a.shape != b.shape:
         raise ValueError(f"paired scores must be of the same scenes; got {len(a)} and {len(b)} values")
     keep = np.isfinite(a) & np.isfinite(b)
-    a, b = a[keep], b[keep]
+    return a[keep], b[keep]
+
+
+def _bootstrap(a, b, paired, level, resamples, seed):
+    from scipy import stats
     diff = float(np.mean(a - b)) if len(a) else float("nan")
     low = high = diff if len(a) > 1 else float("nan")
-    if len(a) > 1 and np.ptp(a - b) > 0:
-        drawn = stats.bootstrap((a, b), lambda x, y, axis=-1: np.mean(x - y, axis=axis), paired=True,
-                                vectorized=True,
-                                n_resamples=resamples, confidence_level=level, method="percentile",
+    if len(a) > 1 and (np.ptp(a - b) if paired else max(np.ptp(a), np.ptp(b))) > 0:
+        difference = (lambda x, y, axis=-1: np.mean(x - y, axis=axis)) if paired else \
+            (lambda x, y, axis=-1: np.mean(x, axis=axis) - np.mean(y, axis=axis))
+        drawn = stats.bootstrap((a, b), difference, paired=paired, vectorized=True, n_resamples=resamples,
+                                confidence_level=level, method="percentile",
                                 random_state=np.random.default_rng(seed))
         low, high = map(float, drawn.confidence_interval)
     return dict(diff=diff, low=low, high=high, n=len(a), excludes_zero=bool(low > 0 or high < 0))

@@ -266,3 +266,102 @@ def test_seam_of_batches_and_its_errors():
     assert torch.isnan(metrics.seam(two[:1], mask * 0)).all()
     with pytest.raises(ValueError, match="masks"):
         metrics.seam(two, mask[..., :8])
+
+
+# ---------------------------------------------------------------------------------------------- lesson 12's parts
+
+def features(n, c=6, seed=0, scale=1.0):
+    return scale * torch.randn(n, c, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+
+
+def test_frechet_of_gaussians_by_scipy_and_by_hand():
+    from scipy.linalg import sqrtm
+    x, y = features(50), features(40, seed=1, scale=1.4) + 0.3
+    (ma, a), (mb, b) = (((v.mean(0), v.T.cov())) for v in (x, y))
+    by_scipy = ((ma - mb) ** 2).sum() + np.trace(a + b - 2 * sqrtm((a @ b).numpy()).real)
+    assert metrics.frechet_gaussians(ma, a, mb, b) == pytest.approx(float(by_scipy), rel=1e-8)
+    assert metrics.frechet_distance(x, y) == pytest.approx(float(by_scipy), rel=1e-8)
+    # one dimension: (m1 - m2)^2 + (s1 - s2)^2
+    one = metrics.frechet_gaussians([1.0], [[4.0]], [3.0], [[9.0]])
+    assert one == pytest.approx((1 - 3) ** 2 + (2 - 3) ** 2)
+    assert metrics.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="of one C"):
+        metrics.frechet_gaussians(ma, a, mb, b[:3])
+
+
+def test_frechet_distance_is_fid_even_with_fewer_pictures_than_features():
+    real, made = pictures(40, 16), pictures(40, 16, seed=5) * 0.8
+    x, y = (p.mean((-2, -1)) for p in (real, made))
+    assert metrics.fid(real, made, Means()) == pytest.approx(metrics.frechet_distance(x, y), rel=1e-3, abs=1e-6)
+    few = metrics.frechet_distance(features(4, 20), features(4, 20, seed=1))          # covariances of rank 3
+    assert math.isfinite(few) and few > 0
+    with pytest.raises(ValueError, match="at least 2"):
+        metrics.frechet_distance(features(1), features(4))
+
+
+def test_kernel_distance_is_its_definition_and_torchmetrics():
+    from torchmetrics.image.kid import poly_mmd
+    x, y = features(12), features(12, seed=1) + 0.5
+    k = lambda a, b: (float(a @ b) / 6 + 1) ** 3
+    pairs = [(i, j) for i in range(12) for j in range(12)]
+    within = sum(k(v[i], v[j]) for v in (x, y) for i, j in pairs if i != j) / (12 * 11)
+    across = sum(k(x[i], y[j]) for i, j in pairs) / 144
+    assert metrics.kernel_distance(x, y) == pytest.approx(within - 2 * across, rel=1e-10)
+    assert metrics.kernel_distance(x, y) == pytest.approx(float(poly_mmd(x, y)), rel=1e-10)
+    every = sum(k(v[i], v[j]) for v in (x, y) for i, j in pairs) / 144
+    assert metrics.kernel_distance(x, y, biased=True) == pytest.approx(every - 2 * across, rel=1e-10)
+    assert metrics.kernel_distance(x, y[:7]) == pytest.approx(metrics.kernel_distance(y[:7], x), rel=1e-10)
+
+
+def test_kernel_distance_is_unbiased_and_frechet_is_not():
+    draw = lambda n, k: (features(n, seed=2 * k), features(n, seed=2 * k + 1))
+    small = [metrics.kernel_distance(*draw(10, k)) for k in range(200)]
+    assert abs(np.mean(small)) < 3 * np.std(small) / 200 ** 0.5 and min(small) < 0
+    assert np.mean([metrics.kernel_distance(*draw(10, k), biased=True) for k in range(50)]) > 0.05
+    mean = lambda n: np.mean([metrics.frechet_distance(*draw(n, k)) for k in range(30)])
+    assert mean(10) > 4 * mean(100) > 0
+
+
+def test_the_unpaired_interval_keeps_what_differs_between_scenes():
+    rng = np.random.default_rng(0)
+    scene = rng.normal(0, 5, 40)
+    a, b = scene + 1.0 + rng.normal(0, 0.2, 40), scene
+    paired, loose = metrics.paired_bootstrap(a, b), metrics.unpaired_bootstrap(a, b)
+    assert loose["diff"] == paired["diff"] and loose["n"] == 40
+    assert loose["high"] - loose["low"] > 10 * (paired["high"] - paired["low"])
+    assert paired["excludes_zero"] and not loose["excludes_zero"]
+    with pytest.raises(ValueError, match="same scenes"):
+        metrics.unpaired_bootstrap([1, 2], [1])
+
+
+def test_lpips_says_what_is_missing(tmp_path, monkeypatch):
+    from lib.models import ModelUnavailable
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    metrics._lpips_net.cache_clear()
+    with pytest.raises(ModelUnavailable, match=r"needs the file alexnet-\S+\.pth .* not in torch's cache.* not LPIPS"):
+        metrics.lpips(pictures(), pictures(seed=1))
+    with pytest.raises(ValueError, match="alex, vgg, squeeze"):
+        metrics.lpips(pictures(), pictures(), net="inception")
+
+
+def test_lpips_is_its_formula_where_the_weights_are(tmp_path, monkeypatch):
+    """With AlexNet's weights in the cache (random ones here: the route, not the values, is tested)."""
+    from torchvision.models import squeezenet1_1
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    metrics._lpips_net.cache_clear()
+    path, url = metrics.lpips_weights("squeeze")
+    assert url.endswith(path.name) and path.parent.name == "checkpoints"
+    path.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(squeezenet1_1().state_dict(), path)
+    a, b = pictures(2), pictures(2, seed=1)
+    try:
+        ours = metrics.lpips(a, b, net="squeeze")
+        net = metrics._lpips_net("squeeze", False)
+        f, g = (net.net(net.scaling_layer(2 * x - 1)) for x in (a, b))
+        unit = lambda v: v / (v.square().sum(1, keepdim=True).sqrt() + 1e-8)
+        total = sum(lin(unit(p).sub(unit(q)).square()).mean((1, 2, 3)) for lin, p, q in zip(net.lins, f, g))
+        torch.testing.assert_close(ours, total, rtol=1e-3, atol=1e-5)
+        assert metrics.lpips(a, a, net="squeeze").tolist() == [0, 0]
+    finally:
+        metrics._lpips_net.cache_clear()
