@@ -347,7 +347,9 @@ def kid(real, made, features, subset=None, seed=0):
     subset = subset or max(2, min(len(real), len(made)) // 2)
     if subset > min(len(real), len(made)):
         raise ValueError(f"subsets of {subset} need at least as many pictures on both sides; lower subset")
-    metric = KernelInceptionDistance(feature=features, subsets=50, subset_size=subset, normalize=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")             # it says that all features are kept in memory: small here
+        metric = KernelInceptionDistance(feature=features, subsets=50, subset_size=subset, normalize=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # torchmetrics draws the subsets from the global generator
         mean, spread = _set_distance(metric, real, made, number=False)

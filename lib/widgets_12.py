@@ -260,9 +260,9 @@ def heat_map(rows, columns, shade, texts, label, width=None):
     shade = np.asarray(shade, dtype=float)
     if shade.shape != (len(rows), len(columns)) or np.shape(texts) != shade.shape:
         raise ValueError(f"{len(rows)} rows and {len(columns)} columns do not fit values of shape {shade.shape}.")
-    view = show.View(figsize=(width or 2.6 + 1.0 * len(columns), 1.1 + 0.42 * len(rows)), dpi=show.DPI, facecolor="white")
+    view = show.View(figsize=(width or 2.6 + 1.0 * len(columns), 0.75 + 0.42 * len(rows)), dpi=show.DPI, facecolor="white")
     w, h = view.get_size_inches()
-    axes = view.add_axes((1.75 / w, 0.1 / h, 1 - 2.65 / w, 1 - 1.0 / h))
+    axes = view.add_axes((1.75 / w, 0.1 / h, 1 - 2.65 / w, 1 - 0.65 / h))
     shown = axes.imshow(np.ma.masked_invalid(shade), cmap="Reds", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(columns)), columns, fontsize=9)
     axes.set_yticks(range(len(rows)), rows, fontsize=10)
@@ -271,7 +271,7 @@ def heat_map(rows, columns, shade, texts, label, width=None):
     for i, line in enumerate(texts):
         for j, text in enumerate(line):
             axes.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if shade[i, j] > 0.6 else "black")
-    bar = view.colorbar(shown, cax=view.add_axes((1 - 0.8 / w, 0.1 / h, 0.16 / w, 1 - 1.0 / h)))
+    bar = view.colorbar(shown, cax=view.add_axes((1 - 0.8 / w, 0.1 / h, 0.16 / w, 1 - 0.65 / h)))
     bar.set_label(label, fontsize=9)
     bar.ax.tick_params(labelsize=8)
     view.alt = f"table of {', '.join(columns)} for {', '.join(rows)}".replace("\n", " ")
