@@ -291,14 +291,70 @@ class Estimator:
     used: str = ""   # the folder or repository that it came from
 
     @torch.no_grad()
-    def __call__(self, image: torch.Tensor) -> DepthMap:
+    def predict(self, image: torch.Tensor):
+        """The model's own outputs, as it gives them: `.predicted_depth` (B, h, w) float32, in the model's unit, sign
+        and size. What it means is the adapter's business."""
         if image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(f"A depth model needs an image of shape (B, 3, H, W); got {tuple(image.shape)}.")
         pixels = self.processor(images=list(image.float().cpu()), do_rescale=False, return_tensors="pt")
         weights = next(self.model.parameters())
         outputs = self.model(pixels["pixel_values"].to(weights.device, weights.dtype))
         outputs.predicted_depth = outputs.predicted_depth.float().cpu()
-        return self.adapter(outputs, tuple(image.shape[-2:])).to(image.device)
+        return outputs
+
+    def __call__(self, image: torch.Tensor) -> DepthMap:
+        return self.adapter(self.predict(image), tuple(image.shape[-2:])).to(image.device)
+
+
+# ---------------------------------------------------------------- small models with random weights, for proofs
+
+RANDOM = ("dpt", "depth-anything-v2", "depth-anything-v2-metric", "zoedepth")
+
+
+def random_estimator(name: str, seed: int = 0) -> Estimator:
+    """One of RANDOM as a very small model with random weights: the real architecture, processor and adapter.
+
+    Its depth means nothing, but its output has the shape, range and post-processing of the real thing, so that an
+    adapter can be proven without a download. Raises ValueError for another name.
+    """
+    if name not in RANDOM:
+        raise ValueError(f"No random model is called {name!r}; known: {', '.join(RANDOM)}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, processor, adapter = _random_parts(name)
+        with torch.no_grad():  # default weights of a net this small give a flat picture (and dead ReLUs)
+            for key, weight in model.named_parameters():
+                if weight.ndim > 1:
+                    torch.nn.init.xavier_normal_(weight, gain=1.5)
+                elif "head" in key and key.endswith("bias"):
+                    weight.fill_(0.3)
+    return Estimator(name, model.eval().requires_grad_(False), processor, adapter, used="random weights")
+
+
+def _random_parts(name):
+    import transformers as t
+    vit = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32)
+    neck = dict(neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8, reassemble_factors=[4, 2, 1, 0.5])
+    if name == "dpt":
+        config = t.DPTConfig(image_size=32, patch_size=8, backbone_out_indices=[0, 1, 2, 3], **vit, **neck)
+        return t.DPTForDepthEstimation(config), t.DPTImageProcessor(size={"height": 32, "width": 32}), dpt
+    if name == "zoedepth":
+        beit = t.BeitConfig(image_size=64, patch_size=16, out_features=["stage1", "stage2", "stage3", "stage4"],
+                            reshape_hidden_states=False, use_relative_position_bias=True, **vit)
+        config = t.ZoeDepthConfig(
+            backbone_config=beit, bottleneck_features=8, bin_embedding_dim=8, num_relative_features=4,
+            bin_configurations=[{"n_bins": 8, "min_depth": 0.001, "max_depth": 10.0}],
+            num_attractors=[4, 4, 2, 1], **neck)
+        processor = t.ZoeDepthImageProcessor(size={"height": 64, "width": 64}, keep_aspect_ratio=False)
+        return t.ZoeDepthForDepthEstimation(config), processor, lambda o, size: zoedepth(o, processor, size)
+    metric = name.endswith("metric")
+    dino = t.Dinov2Config(image_size=28, patch_size=14, out_indices=[1, 2, 3, 4], apply_layernorm=True,
+                          reshape_hidden_states=False, **vit)
+    config = t.DepthAnythingConfig(backbone_config=dino, reassemble_hidden_size=32, head_hidden_size=8, **neck,
+                                   **(dict(depth_estimation_type="metric", max_depth=20) if metric else {}))
+    processor = t.DPTImageProcessor(size={"height": 28, "width": 28})
+    return t.DepthAnythingForDepthEstimation(config), processor, lambda o, size: depth_anything(
+        o, size, config.depth_estimation_type, config.max_depth)
 
 
 # ---------------------------------------------------------------- depth that is given: sensors and files
@@ -414,6 +470,34 @@ def fill_holes(depth: DepthMap) -> DepthMap:
     return replace(depth, values=filled)
 
 
+def imitate_sensor(metres, focal, baseline=0.075, step=0.125, reach=6.0, no_return=None, margin=6) -> torch.Tensor:
+    """What a depth camera with a projector beside its lens would report: (B, 1, H, W) metres, 0 = no measurement.
+
+    Such a camera finds depth by triangulation: a point at z is seen shifted by the disparity
+    focal * baseline / z pixels, which is read in steps of `step` pixels (so the error grows with z squared).
+    Holes: what the projector, `baseline` metres to the right of the lens, cannot light because something nearer
+    stands in its way; what is farther than `reach` metres; `no_return` (B, 1, H, W) = 1, such as glass; and
+    `margin` columns at the left, which the second view does not cover.
+
+    metres (B, 1, H, W) > 0; focal in pixels. A sketch of structured light (Kinect), not a model of one product.
+    """
+    z = _as_4d(metres)
+    if (z <= 0).any() or not focal > 0 or not baseline > 0 or not step > 0:
+        raise ValueError("imitate_sensor wants metres > 0 at every pixel, and focal, baseline and step > 0.")
+    disparity = focal * baseline / z
+    column = torch.arange(z.shape[-1], dtype=z.dtype, device=z.device) - disparity  # as the projector sees it
+    place = column.round().long() - column.min().floor().long()
+    front = torch.zeros(*z.shape[:-1], int(place.max()) + 1, device=z.device)
+    front = front.scatter_reduce(-1, place, disparity, "amax")  # the nearest thing in each of its columns
+    hidden = front.gather(-1, place) > disparity + 1
+    read = (disparity / step).round().clamp_min(1) * step
+    measured = torch.where(hidden | (z > reach), torch.zeros_like(z), focal * baseline / read)
+    if no_return is not None:
+        measured = measured * (1 - _as_4d(no_return))
+    measured[..., :margin] = 0
+    return measured
+
+
 # ---------------------------------------------------------------- alignment and scores
 
 def align_scale_shift(prediction, target, valid=None):
@@ -432,6 +516,24 @@ def align_scale_shift(prediction, target, valid=None):
     s = (w64 * (p - mp) * (y - my)).sum((1, 2, 3), keepdim=True) / n / spread
     t = my - s * mp
     return (s * _as_4d(prediction).double() + t).float(), s.float(), t.float()
+
+
+def metres_from(found: DepthMap, truth, valid=None, farthest: float = 100.0) -> torch.Tensor:
+    """Metres (B, 1, H, W) of a metric or an inverse-relative map, so that they can be scored against `truth` (metres).
+
+    A metric map gives its own metres. A relative one has none: its inverse depth is aligned with 1 / truth first (two
+    numbers per image are taken from the truth), and what comes out beyond `farthest`, or behind the camera, is set to
+    `farthest`. A "relative" map (a picture of depth, neither metres nor their inverse) is a ValueError.
+    """
+    if found.kind == "metric":
+        return found.metres()
+    if found.kind != "inverse-relative":
+        raise ValueError("Only inverse-relative maps can be aligned: a picture of depth may have any curve in it.")
+    t = _as_4d(truth)
+    ok = (torch.isfinite(t) & (t > 0)).float() * found.valid * (1 if valid is None else _as_4d(valid))
+    raw = found.near + found.values * (found.far - found.near)
+    aligned, _, _ = align_scale_shift(raw, 1 / torch.where(ok > 0.5, t, torch.ones_like(t)), ok)
+    return 1 / aligned.clamp_min(1 / farthest)
 
 
 def abs_rel(metres, truth, valid=None) -> torch.Tensor:
@@ -490,3 +592,42 @@ def _scored(prediction, truth, valid, positive=False):
 
 def _mean(x, w) -> torch.Tensor:
     return (x * w).sum((1, 2, 3)) / w.sum((1, 2, 3))
+
+
+# ---------------------------------------------------------------- depth and a camera: points in space
+
+def pinhole(size, fov) -> tuple[float, float, float]:
+    """(f, cx, cy) in pixels of a pinhole camera: size (H, W), fov = vertical field of view in degrees.
+
+    f = (H / 2) / tan(fov / 2). The centre of pixel (column i, row j) lies at (i + 0.5, j + 0.5).
+    """
+    h, w = size
+    if not 0 < fov < 180:
+        raise ValueError(f"The field of view is an angle between 0 and 180 degrees, not {fov}.")
+    return h / 2 / math.tan(math.radians(fov) / 2), w / 2, h / 2
+
+
+def unproject(metres, camera) -> torch.Tensor:
+    """Every pixel as a point in the world: (B, 3, H, W), x right, y up from the floor, z into the room, metres.
+
+    metres  (B, 1, H, W): depth along the optical axis, not along the ray
+    camera  anything with .height (m), .pitch (degrees, downwards) and .fov, such as lib.scenes.Camera
+
+    In the camera's frame X = (u - cx) / f * Z and Y = (cy - v) / f * Z (up); then the camera's pitch and height.
+    """
+    z = _as_4d(metres)
+    (h, w), p = z.shape[-2:], math.radians(camera.pitch)
+    f, cx, cy = pinhole((h, w), camera.fov)
+    u = (torch.arange(w, device=z.device) + 0.5).view(1, 1, 1, w)
+    v = (torch.arange(h, device=z.device) + 0.5).view(1, 1, h, 1)
+    x, y = (u - cx) / f * z, (cy - v) / f * z
+    return torch.cat([x, camera.height + y * math.cos(p) - z * math.sin(p), y * math.sin(p) + z * math.cos(p)], 1)
+
+
+def project(points, camera, size) -> tuple[torch.Tensor, torch.Tensor]:
+    """World points (..., 3) -> (pixel places (..., 2) as (u, v), depth (...)): the way back from `unproject`."""
+    f, cx, cy = pinhole(size, camera.fov)
+    p = math.radians(camera.pitch)
+    x, up, ahead = points[..., 0], points[..., 1] - camera.height, points[..., 2]
+    y, z = up * math.cos(p) + ahead * math.sin(p), ahead * math.cos(p) - up * math.sin(p)
+    return torch.stack([cx + f * x / z, cy - f * y / z], -1), z

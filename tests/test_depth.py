@@ -256,47 +256,13 @@ def test_scores_by_hand():
 
 # ------------------------------------------------------------------ real architectures, small and random
 
-def tiny_models():
-    from transformers import (BeitConfig, DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config,
-                              DPTConfig, DPTForDepthEstimation, DPTImageProcessor, ZoeDepthConfig,
-                              ZoeDepthForDepthEstimation, ZoeDepthImageProcessor)
-    vit = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32)
-    neck = dict(neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8, reassemble_factors=[4, 2, 1, 0.5])
-    dpt = DPTConfig(image_size=32, patch_size=8, backbone_out_indices=[0, 1, 2, 3], **vit, **neck)
-    dino = Dinov2Config(image_size=28, patch_size=14, out_indices=[1, 2, 3, 4], apply_layernorm=True,
-                        reshape_hidden_states=False, **vit)
-    anything = dict(backbone_config=dino, reassemble_hidden_size=32, head_hidden_size=8, **neck)
-    beit = BeitConfig(image_size=64, patch_size=16, out_features=["stage1", "stage2", "stage3", "stage4"],
-                      reshape_hidden_states=False, use_relative_position_bias=True, **vit)
-    zoe = ZoeDepthConfig(backbone_config=beit, bottleneck_features=8, bin_embedding_dim=8,
-                         bin_configurations=[{"n_bins": 8, "min_depth": 0.001, "max_depth": 10.0}],
-                         num_relative_features=4, num_attractors=[4, 4, 2, 1], **neck)
-    zoe_processor = ZoeDepthImageProcessor(size={"height": 64, "width": 64}, keep_aspect_ratio=False)
-    dino_processor = DPTImageProcessor(size={"height": 28, "width": 28})
-    return {"dpt": (lambda: DPTForDepthEstimation(dpt), DPTImageProcessor(size={"height": 32, "width": 32}),
-                    D.dpt, "inverse-relative"),
-            "zoedepth": (lambda: ZoeDepthForDepthEstimation(zoe), zoe_processor,
-                         lambda o, size: D.zoedepth(o, zoe_processor, size), "metric"),
-            "anything": (lambda: DepthAnythingForDepthEstimation(DepthAnythingConfig(**anything)),
-                         dino_processor, D.depth_anything, "inverse-relative"),
-            "anything-metric": (lambda: DepthAnythingForDepthEstimation(DepthAnythingConfig(
-                depth_estimation_type="metric", max_depth=20, **anything)),
-                dino_processor, lambda o, size: D.depth_anything(o, size, "metric", 20), "metric")}
-
-
-@pytest.mark.parametrize("name", ("dpt", "zoedepth", "anything", "anything-metric"))
+@pytest.mark.parametrize("name", D.RANDOM)
 def test_real_architectures_run_through_their_adapters(name):
-    build, processor, adapter, kind = tiny_models()[name]
-    torch.manual_seed(0)
-    model = build().eval()
-    with torch.no_grad():  # default weights of a net this small give a flat picture (and dead ReLUs)
-        for key, weight in model.named_parameters():
-            if weight.ndim > 1:
-                torch.nn.init.xavier_normal_(weight, gain=1.5)
-            elif "head" in key and key.endswith("bias"):
-                weight.fill_(0.3)
+    estimator = D.random_estimator(name)
+    model, processor = estimator.model, estimator.processor
+    kind = "metric" if name in ("zoedepth", "depth-anything-v2-metric") else "inverse-relative"
     image = torch.rand(2, 3, 40, 56, generator=torch.Generator().manual_seed(1))
-    found = D.Estimator(name, model, processor, adapter)(image)
+    found = estimator(image)
     assert found.size == (40, 56) and found.values.shape[0] == 2 and found.kind == kind
     assert found.values.min() <= 0.01 and found.values.max() >= 0.99
     pixels = processor(images=list(image), do_rescale=False, return_tensors="pt")["pixel_values"]
@@ -307,4 +273,70 @@ def test_real_architectures_run_through_their_adapters(name):
     if name != "zoedepth":  # (zoedepth's raw output still has its padding)
         assert D.ordinal_error(found.values, truth - truth.min() + 1).max() < 0.1
     with pytest.raises(ValueError, match="shape"):
-        D.Estimator(name, model, processor, adapter)(image[0])
+        estimator(image[0])
+
+
+def test_random_estimators_are_the_same_each_time_and_leave_the_generator_alone():
+    before = torch.get_rng_state()
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(D.random_estimator("dpt")(image).values, D.random_estimator("dpt")(image).values)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ValueError, match="known: dpt"):
+        D.random_estimator("marigold")
+
+
+@pytest.mark.parametrize("name", ("dpt", "depth-anything-v2", "depth-anything-v2-metric"))
+def test_resizing_is_that_of_transformers(name):
+    """The adapters resize as the models' own post-processing does."""
+    estimator, size = D.random_estimator(name), (50, 70)
+    image = torch.rand(1, 3, 40, 56, generator=torch.Generator().manual_seed(3))
+    outputs = estimator.model(estimator.processor(images=list(image), do_rescale=False, return_tensors="pt")["pixel_values"])
+    (theirs,) = estimator.processor.post_process_depth_estimation(outputs, target_sizes=[size])
+    theirs = theirs["predicted_depth"][None, None]
+    ours = estimator.adapter(outputs, size)
+    again = D.from_inverse(theirs) if ours.kind == "inverse-relative" else D.from_metric(theirs.clamp(1e-3, 20))
+    assert torch.equal(ours.values, again.values)
+
+
+# ------------------------------------------------------------------ an imitated sensor
+
+def test_the_imitated_sensor_reads_in_steps_and_has_holes():
+    z = torch.full((1, 1, 10, 60), 4.0)
+    z[..., 30:40] = 2.0
+    z[..., 50:] = 9.0
+    glass = torch.zeros_like(z)
+    glass[..., 5, :] = 1
+    seen = D.imitate_sensor(z, focal=200, baseline=0.1, step=0.125, reach=6, no_return=glass, margin=6)
+    assert (seen[..., :6] == 0).all() and (seen[..., 5, :] == 0).all() and (seen[..., 50:] == 0).all()
+    row = seen[0, 0, 0]
+    assert (row[30:40] == 2).all()                        # a disparity of 10 pixels exactly
+    assert row[6:24].min() == 4 and row[41:50].min() == 4
+    hidden = (row[24:30] == 0).sum()                      # the shadow is as wide as the disparities differ: 10 - 5
+    assert hidden == 5 and row[24] == 4
+    ramp_ = ramp(4, 500, 1.0, 5.5)
+    error = (D.imitate_sensor(ramp_, 200, 0.1, margin=0) - ramp_).abs()
+    assert (error <= ramp_ ** 2 / 20 / 8 / 2 * 1.3 + 1e-4).all()      # half a step of disparity, and z squared
+    with pytest.raises(ValueError, match="metres > 0"):
+        D.imitate_sensor(z * 0, 200)
+
+
+# ------------------------------------------------------------------ points in space
+
+def test_unprojected_floor_and_walls_are_planes_and_project_undoes_it():
+    from lib import scenes
+    scene = scenes.sample(20000006)
+    seen = scenes.render(scene, size=(48, 64), samples=1)
+    points = D.unproject(seen.depth, scene.camera)
+    x, y, z = points[0]
+    room = scene.room
+    gap = torch.stack([y.abs(), (y - room.height).abs(), (x.abs() - room.half_width).abs(), (z - room.back).abs()]).amin(0)
+    assert gap[seen.ids[0, 0] < 0].max() < 1e-3
+    places, depth = D.project(points[0].permute(1, 2, 0), scene.camera, (48, 64))
+    u, v = places.unbind(-1)
+    assert torch.allclose(u, (torch.arange(64.0) + 0.5).expand(48, 64), atol=1e-3)
+    assert torch.allclose(v, (torch.arange(48.0) + 0.5)[:, None].expand(48, 64), atol=1e-3)
+    assert torch.allclose(depth, seen.depth[0, 0], atol=1e-4)
+    f, cx, cy = D.pinhole((100, 50), 90)
+    assert (f, cx, cy) == (pytest.approx(50), 25, 50)
+    with pytest.raises(ValueError, match="angle"):
+        D.pinhole((8, 8), 180)
