@@ -278,24 +278,24 @@ def heat_map(rows, columns, shade, texts, label, width=None):
     return view
 
 
-def curves(panels, xlabel, ylabels, titles, logx=False, width=4.6):
-    """Lines with error bars, one axes for each list of (x, mean, spread, label): a figure."""
+def curves(panels, xlabel, title, width=4.6):
+    """Lines with error bars over a logarithmic x, one axes for each entry of panels.
+
+    panels: dict of y label -> list of (x, means, spreads, label); title follows the y label above each axes."""
     view = show.View(figsize=(width * len(panels), 3.4), dpi=show.DPI, facecolor="white")
     share = 1 / len(panels)
-    for k, (lines, ylabel, title) in enumerate(zip(panels, ylabels, titles)):
+    for k, (ylabel, lines) in enumerate(panels.items()):
         axes = view.add_axes(((k + 0.17) * share, 0.16, 0.79 * share, 0.72))
         for (x, y, spread, label), colour in zip(lines, show.ID_COLOURS):
             axes.errorbar(x, y, spread, marker="o", markersize=4, capsize=3, color=colour, label=label)
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_title(title, fontsize=10.5)
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-        if logx:
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(lines[0][0], [f"{v:g}" for v in lines[0][0]])
-            axes.minorticks_off()
+        axes.set_title(f"{ylabel} {title}", fontsize=10.5)
+        axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
+        axes.set_xticks(lines[0][0], [f"{v:g}" for v in lines[0][0]])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=9)
-    view.alt = "; ".join(titles)
+    view.alt = f"{', '.join(panels)} over {xlabel}: " + "; ".join(line[3] for line in next(iter(panels.values())))
     return view
 
 
