@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help lab test edit train figures times test-floor clean
+.PHONY: help lab test edit batch train figures times test-floor clean
 export JUPYTER_PREFER_ENV_PATH := 1
 
 PYTHON ?=
@@ -15,6 +15,7 @@ help:
 	@echo 'make lab          set up, open JupyterLab on lesson 00'
 	@echo 'make test         set up, run all tests and every notebook (ARGS="-k name" for some)'
 	@echo 'make edit         IMAGE=photo.jpg AT=0.5 (or 2.4m) INSERT=cutout.png [DEPTH=depth.png OUTPUT=folder ...]'
+	@echo 'make batch        INPUT=film.mp4 OUTPUT=folder [MODEL=sd15 AT=0.5 STEPS=9 MAX_SECONDS=40000 ...] (lesson 15)'
 	@echo 'make train        train the mini models again (PART=vae for one of them)'
 	@echo 'make figures      draw the pictures in figures/ again'
 	@echo 'make times        run all lessons at full size, write data/times.json and the table'
@@ -61,6 +62,14 @@ edit: .venv/ready
 	@$(if $(IMAGE),,echo 'error: which picture? make edit IMAGE=photo.jpg AT=0.5 INSERT=cutout.png' >&2; exit 1;) \
 	$(BIN) -m lib.setup run notebooks/edit.ipynb build/edit.ipynb --env $(sort $(GIVEN)) \
 		--paths IMAGE DEPTH INSERT OUTPUT --at "$(CALLER)"
+
+# The job of lesson 15 alone; the same command continues it. A cell may take days.
+batch: .venv/ready
+	@$(if $(INPUT),,echo 'error: which pictures? make batch INPUT=film.mp4 OUTPUT=folder' >&2; exit 1;) \
+	$(if $(OUTPUT),,echo 'error: where to? make batch INPUT=film.mp4 OUTPUT=folder' >&2; exit 1;) \
+	echo 'follow it from another terminal: $(BIN) -m lib.batch status "$(OUTPUT)"'; \
+	$(BIN) -m lib.setup run notebooks/15_two_gpus_on_kaggle.ipynb build/batch.ipynb -p JOB_ONLY True --timeout 1000000 \
+		--env $(sort $(GIVEN)) --paths INPUT OUTPUT DEPTH INSERT DONE_ROOT --at "$(CALLER)"
 
 train: .venv/ready
 	$(BIN) -m lib.train $(or $(PART),all)

@@ -493,9 +493,12 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("folder", type=Path)
     add.add_argument("--to", type=Path, help="another folder than FOLDER/report")
     add = commands.add_parser("bench", help="scaling, cost of the commits, memory; on this machine")
-    add.add_argument("--images", type=int, default=600, help="pictures of the scaling run")
+    add.add_argument("--images", type=int, default=600, help="pictures of the scaling run (default: %(default)s; 0: skip it)")
+    add.add_argument("--memory", type=int, default=0, help="also watch memory over so many cheap pictures, such as 25000")
     add.add_argument("--edits", type=int, default=0, help="also run the real pipeline on so many frames")
-    add.add_argument("--steps", type=int, default=50, help="denoising steps of the real pipeline")
+    add.add_argument("--steps", type=int, default=50, help="denoising steps of the real pipeline (default: %(default)s)")
+    add.add_argument("--device", default="cpu", help="of the real pipeline; cuda: one process, then two on the one card")
+    add.add_argument("--model", default="mini", help="of the real pipeline; random-sd15 needs no download")
     add = commands.add_parser("worker")                           # what run starts; also a line of a Slurm array
     add.add_argument("folder", type=Path)
     for name, kind, default in (("index", int, 0), ("of", int, 1), ("batch", int, 0), ("loaders", int, 2), ("pin", int, -1),
@@ -540,7 +543,7 @@ def main(words=None) -> int:
             return _worker_command(args)
         if args.command == "bench":
             from lib import bench
-            return bench.run(args.images, args.edits, args.steps)
+            return bench.run(args.images, args.edits, args.steps, args.memory, args.device, args.model)
         job = open_job(args.folder)
         if args.command == "report":
             return _report(args.folder, args.to)

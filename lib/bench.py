@@ -1,30 +1,42 @@
 """`python -m lib.batch bench`: what the job itself costs on this machine, measured, with the load beside it.
 
-Scaling: the same inputs with one worker, then with two, each pinned to a core with one thread. Commits: their share of
-the workers' time. Memory: a worker's peak at its 100th image and at its last. Parent: its share of one core.
+    bench                                scaling of two workers against one, cost of the commits, the parent's share
+    bench --memory 25000                 a worker's memory from its 100th image to its last, with a cheap processor
+    bench --edits 12                     the same with the real pipeline, on frames of the sample video
+    bench --edits 24 --device cuda --model random-sd15
+                                         one and two processes on one card: images/s, how busy it was, its memory
+
+The last part counts the operations of an image too (`operations`), so that images/s become the share of the card's
+peak that is reached: the one number that the budget of lesson 15 has to assume.
 """
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import subprocess
 import tempfile
 import time
 from collections import defaultdict
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from lib import batch, jobs, report
+from lib import batch, engines, jobs, report
 from lib.processors import Output, Tint
 
 
 class Work(Tint):
-    """As much NumPy as `rounds` says, so that a picture takes some tens of milliseconds, as on a fast GPU."""
-    defaults = {**Tint.defaults, "rounds": 12}
+    """As much NumPy as `rounds` says, so that a picture takes some tens of milliseconds, as on a fast GPU; and `wait`
+    seconds more that need no core, as on a slow one."""
+    defaults = {**Tint.defaults, "rounds": 12, "wait": 0.0}
     batch = 8
 
     def infer(self, inputs, seeds, precise=False):
         out = []
+        time.sleep(self.settings["wait"] * len(inputs))
         for given, (picture, metrics) in zip(inputs, super().infer(inputs, seeds)):
             for _ in range(self.settings["rounds"]):
                 picture = np.sqrt(np.abs(picture) + 1e-3) ** 2 - 1e-3
@@ -55,51 +67,231 @@ def rate(job) -> float:
     return total
 
 
-def timed_run(job, workers: int) -> dict:
+def timed_run(job, workers: int, device="cpu", pin=True) -> dict:
     """Run a job; rate, the parent's share of a core, commits' share of the workers' time, memory."""
     before, begin = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-    plan = batch.Plan(batch.Options(loaders=1), workers, pin=True, quiet=True, device="cpu")
+    plan = batch.Plan(batch.Options(loaders=1), workers, pin=pin, quiet=True, device=device)
     code = batch.run(job, plan)
     wall, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF)
     parent = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / wall
-    spent = report.time_spent(job)
+    spent, rows = report.time_spent(job), sorted(job.rows(), key=lambda row: row["time"])
+    return {"code": code, "rate": rate(job), "parent": parent, "wall": wall, "memory": memory(rows), "busy": spent["infer"] / spent["wall"],
+            "commit": spent["commit"] / spent["wall"], "wait": spent.get("wait_commit", 0) / spent["wall"], "rows": rows}
+
+
+# ---------------------------------------------------------------- memory
+
+def memory(rows, early=100) -> list[tuple[float, float, int]]:
+    """For each worker: its peak in MB at its image `early` (or a third, for fewer), at its last image, how many."""
     peaks = defaultdict(list)
-    for row in sorted(job.rows(), key=lambda row: row["time"]):
+    for row in rows:
         peaks[row["worker"]].append(row["peak_mb"])
-    memory = [(p[min(99, len(p) - 1)], p[-1], len(p)) for p in peaks.values()]
-    return {"code": code, "rate": rate(job), "parent": parent, "wall": wall, "memory": memory,
-            "commit": spent["commit"] / spent["wall"], "wait": spent.get("wait_commit", 0) / spent["wall"]}
+    return [(p[min(early, max(1, len(p) // 3)) - 1], p[-1], len(p)) for p in peaks.values()]
 
 
-def run(images=600, edits=0, steps=50, say=print) -> int:
+def show_memory(rows, say, what):
+    for early, late, count in memory(rows):
+        say(f"memory      {what}: {early:.1f} MB at image {min(100, max(1, count // 3)):,}, {late:.1f} MB at image {count:,} "
+            f"of one worker ({late / early - 1:+.1%})")
+
+
+def _long_run(folder, count, say):
+    """One worker, `count` small pictures, a processor that costs next to nothing: does anything pile up?"""
+    source = make_inputs(Path(folder) / "many", count, 16)
+    begin = time.perf_counter()
+    found = timed_run(jobs.open_or_create(Path(folder) / "long", source, "tint"), 1)
+    say(f"{count:,} pictures with a cheap processor (tint, 16 x 16 pixels): {time.perf_counter() - begin:.0f} s")
+    show_memory(found["rows"], say, "cheap processor")
+
+
+# ---------------------------------------------------------------- operations
+
+class Operations(NamedTuple):
+    """Multiplications and additions, in units of 10^12 (TFLOP): of one pass of the U-Net for one sample, of the VAE's
+    encoder and decoder for one picture, of one depth estimate."""
+    unet: float
+    encode: float
+    decode: float
+    depth: float
+
+    def image(self, passes, encodes=2, decodes=3, depths=2) -> float:
+        """TFLOP of one edited image. The defaults are what `insert_object` with mechanism "inject" calls: two layers are
+        encoded; their composite and the result decoded, for residual decoding; depth before and after."""
+        return passes * self.unet + encodes * self.encode + decodes * self.decode + depths * self.depth
+
+
+def tera(function) -> float:
+    """TFLOP of a call, counted by torch."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function()
+    return counter.get_total_flops() / 1e12
+
+
+@lru_cache
+def operations(model="sd15", side=512) -> Operations:
+    """Counted on the device `meta`, which knows shapes and holds no numbers: no weights, no GPU, a second.
+
+    model: "sd15" (with DPT-Large for depth), or a pipeline's folder or name (with mini-depth). side: of its pictures.
+    """
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    with torch.device("meta"):
+        if model in ("sd15", "random-sd15"):
+            unet, vae, words, depth = *_sd15_shapes(), 77, _dpt_large()
+            eye = 384
+        else:
+            unet, vae, words, depth, eye = _shapes_of(model)
+        latent = torch.empty(1, 4, side // 8, side // 8)
+        text = torch.empty(1, words, unet.config.cross_attention_dim)
+        return Operations(tera(lambda: unet(latent, torch.tensor(500), text)),
+                          tera(lambda: vae.encode(torch.empty(1, 3, side, side))), tera(lambda: vae.decode(latent)),
+                          tera(lambda: depth(torch.empty(1, 3, eye, eye))))
+
+
+def _sd15_shapes():
+    """Stable Diffusion 1.5's U-Net and VAE, without weights."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    down, up = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4
+    return (UNet2DConditionModel(64, cross_attention_dim=768),
+            AutoencoderKL(3, 3, down, up, (128, 256, 512, 512), layers_per_block=2, sample_size=512))
+
+
+def _dpt_large():
+    from transformers import DPTConfig, DPTForDepthEstimation
+    return DPTForDepthEstimation(DPTConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+                                           intermediate_size=4096, backbone_out_indices=[5, 11, 17, 23],
+                                           neck_hidden_sizes=[256, 512, 1024, 1024]))
+
+
+def _shapes_of(model):
+    """(U-Net, VAE, words of a prompt, depth model, its picture's side) of a folder, without weights."""
+    import json
+
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import DPTConfig, DPTForDepthEstimation
+
+    from lib import setup
+    home = setup.data_dir() / "models"
+    folder = Path(model) if Path(model).is_dir() else home / model
+    config = DPTConfig.from_pretrained(home / "mini-depth")
+    words = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())["model_max_length"]
+    return (UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
+            AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")), words, DPTForDepthEstimation(config),
+            config.image_size)
+
+
+# ---------------------------------------------------------------- one card, one and two processes
+
+class Watch:
+    """Samples a GPU with nvidia-smi, a few times a second, while the block runs: busy share in %, memory in MB."""
+
+    def __init__(self, card: str | None):
+        self.card, self.lines = card, []
+
+    def __enter__(self):
+        self.process = None
+        if self.card is not None:
+            self.file = tempfile.TemporaryFile("w+")
+            query = ["nvidia-smi", "-i", self.card, "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits",
+                     "-lms", "250"]
+            with contextlib.suppress(OSError):
+                self.process = subprocess.Popen(query, stdout=self.file, stderr=subprocess.DEVNULL)
+        return self
+
+    def __exit__(self, *_):
+        if self.process:
+            self.process.terminate()
+            self.process.wait()
+            self.file.seek(0)
+            self.lines = [line.split(",") for line in self.file.read().splitlines() if line.count(",") == 1]
+
+    def words(self) -> str:
+        """Of the middle eight tenths of the time, so that loading the model does not count as idling."""
+        if not self.lines:
+            return "device busy: not measured (no nvidia-smi)"
+        busy = [float(b) for b, _ in self.lines]
+        middle = busy[len(busy) // 5:] or busy
+        return (f"device busy {np.mean(middle):.0f} % of the time (nvidia-smi), "
+                f"at most {max(float(m) for _, m in self.lines):,.0f} MB on it")
+
+
+def random_pipeline(folder: Path, like="sd15") -> Path:
+    """A Stable Diffusion pipeline folder with random weights: as large as SD 1.5, or "tiny", for tests. Time and memory
+    are those of real weights; the pictures are noise."""
+    import torch
+    from lib import train
+    if like == "tiny":
+        pipe = train.tiny_pipeline()
+    else:
+        tokenizer = train.make_tokenizer()
+        unet, vae = _sd15_shapes()
+        pipe = train._pipeline(vae, train.make_text(tokenizer, 768, 12), tokenizer, unet, False)
+        pipe.unet.to(torch.float16), pipe.vae.to(torch.float16)
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def _edits(folder, count, steps, device, model, say):
+    """The real pipeline on frames of the sample video: one worker and, on a GPU, two on the one card."""
+    from lib import setup
+    source, card = setup.data_dir() / "scenes" / "walk.mp4", (engines.gpus() or [None])[0]
+    if model.startswith("random-"):
+        model = str(random_pipeline(Path(folder) / f"{model}-weights", model.removeprefix("random-")))
+    size = setup._picture_size(model)
+    for workers in (1, 2) if str(device).startswith("cuda") else (1,):
+        job = jobs.open_or_create(Path(folder) / f"edits{workers}", source, "edit", {"steps": steps, "model": model}, limit=count,
+                                  shard_size=max(1, count // (2 * workers)))
+        with _only(card), Watch(card if str(device).startswith("cuda") else None) as watch:
+            found = timed_run(job, workers, device, pin=device == "cpu")
+        states, passes = batch.status(job), [row["metrics"].get("passes", 0) for row in found["rows"]]
+        each = operations(model, size).image(float(np.mean(passes)))
+        say(f"the real pipeline, {steps} steps, {size} x {size}, {workers} process{'es' * (workers > 1)} on {device}: "
+            f"{found['rate']:.3f} images/s, {states['ok']} of {count} ok")
+        say(f"            {np.mean(passes):.0f} passes and {each:.3g} TFLOP an image: {each * found['rate']:.3g} TFLOP/s; "
+            f"in inference {found['busy']:.0%} of a worker's time; " + watch.words())
+        say(f"            commits {found['commit']:.2%} of the time ({found['wait']:.2%} waited for)")
+        show_memory(found["rows"], say, "real pipeline")
+
+
+@contextlib.contextmanager
+def _only(card):
+    """All workers on this one card."""
+    old = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if card is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = card
+    try:
+        yield
+    finally:
+        if card is not None:
+            os.environ.pop("CUDA_VISIBLE_DEVICES")
+            os.environ.update({} if old is None else {"CUDA_VISIBLE_DEVICES": old})
+
+
+# ---------------------------------------------------------------- all of it
+
+def run(images=600, edits=0, steps=50, memory_images=0, device="cpu", model="mini", say=print) -> int:
     """Print all of it; returns an exit code (0 also where a number is bad: the reader judges)."""
-    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    from lib import setup
+    cores, load = setup.cpus(), os.getloadavg()[0]
     say(f"{cores} cores, load {load:.1f} at the start" + (" (this machine is busy: ratios suffer)" if load > 0.5 else ""))
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        source = make_inputs(Path(folder) / "in", images)
-        one, two = (timed_run(_job(folder, source, f"workers{n}"), n) for n in (1, 2))
-        say(f"one worker  {one['rate']:7.1f} images/s\ntwo workers {two['rate']:7.1f} images/s: "
-            f"{two['rate'] / one['rate']:.2f} x")
-        say(f"parent      {two['parent']:7.1%} of a core while two workers run")
-        for early, late, count in two["memory"]:
-            say(f"memory      {early:.0f} MB at a worker's 100th image, {late:.0f} MB at its last ({count})")
-        say(f"commits     {two['commit']:7.1%} of the workers' time here, in a thread beside the work "
-            f"({two['wait']:.1%} waited for)")
+        if images:
+            _scaling(folder, images, say)
+        if memory_images:
+            _long_run(folder, memory_images, say)
         if edits:
-            _edits(folder, edits, steps, say)
+            _edits(folder, edits, steps, device, model, say)
     return 0
 
 
-def _job(folder, source, name):
-    return jobs.open_or_create(Path(folder) / name, source, "lib.bench:Work", shard_size=32)
-
-
-def _edits(folder, count, steps, say):
-    """The real pipeline on frames of the sample video."""
-    from lib import setup
-    source = setup.data_dir() / "scenes" / "walk.mp4"
-    job = jobs.open_or_create(Path(folder) / "edits", source, "edit", {"steps": steps}, limit=count, shard_size=count)
-    found = timed_run(job, 1)
-    states = batch.status(job)
-    say(f"the real pipeline, {steps} steps: {found['rate']:.3f} images/s, {states['ok']} of {count} ok; commits "
-        f"{found['commit']:.2%} of the time ({found['wait']:.2%} waited for)")
+def _scaling(folder, images, say):
+    """The same inputs with one worker and with two, each pinned to a core with one thread."""
+    source = make_inputs(Path(folder) / "in", images)
+    make = lambda n: jobs.open_or_create(Path(folder) / f"workers{n}", source, "lib.bench:Work", shard_size=32)
+    one, two = (timed_run(make(n), n) for n in (1, 2))
+    say(f"one worker  {one['rate']:7.1f} images/s\ntwo workers {two['rate']:7.1f} images/s: {two['rate'] / one['rate']:.2f} x")
+    say(f"parent      {two['parent']:7.1%} of a core while two workers run")
+    show_memory(two["rows"], say, "Work")
+    say(f"commits     {two['commit']:7.1%} of the workers' time here, in a thread beside the work ({two['wait']:.1%} waited for)")

@@ -16,20 +16,40 @@ import time
 from collections import Counter, defaultdict, deque
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 from lib import batch
 from lib.batch import BROKEN, DONE, NO_OUTPUT, NO_START, STOPPED, USAGE
 from lib.jobs import FINAL, Job, OutputError, Refused, open_job, write_atomic
 
 
+class Card(NamedTuple):
+    """One GPU: its name for CUDA_VISIBLE_DEVICES, what it is called, and its memory."""
+    index: str
+    name: str
+    memory_mb: float
+
+
+def cards() -> list[Card]:
+    """The GPUs that this process may use, from nvidia-smi: no torch, no memory on the cards."""
+    found, lines = [], []
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
+        listed = subprocess.run(query, capture_output=True, text=True)
+        lines = [line for line in listed.stdout.splitlines() if line.count(",") >= 3]      # or "No devices were found"
+    for line in lines:
+        index, uuid, *name, memory = [word.strip() for word in line.split(",")]
+        found.append((index, uuid, ", ".join(name), float(memory) if memory.replace(".", "").isdigit() else 0.0))
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is None:
+        return [Card(index, name, memory) for index, _, name, memory in found]
+    by_name = {key: (name, memory) for index, uuid, name, memory in found for key in (index, uuid)}
+    return [Card(key, *by_name.get(key, ("GPU", 0.0))) for key in map(str.strip, allowed.split(",")) if key not in ("", "-1")]
+
+
 def gpus() -> list[str]:
     """Names for CUDA_VISIBLE_DEVICES, one a GPU, without importing torch."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name not in ("", "-1")]
-    if not shutil.which("nvidia-smi"):
-        return []
-    listed = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
-    return listed.stdout.split() if listed.returncode == 0 else []
+    return [card.index for card in cards()]
 
 
 class Worker:
@@ -190,35 +210,47 @@ def loopback_cluster(nodes=2, tries=3):
     """
     import ray as cluster
     from ray.cluster_utils import Cluster
-    patience = {"RAY_gcs_server_request_timeout_seconds": "120", "RAY_health_check_timeout_ms": "60000"}
+    patience = {"RAY_gcs_server_request_timeout_seconds": "120", "RAY_health_check_timeout_ms": "60000",
+                "RAY_USAGE_STATS_ENABLED": "0"}
     held = {name: os.environ.get(name) for name in patience}
     small = {"object_store_memory": 80_000_000, "node_ip_address": "127.0.0.2"}    # loopback too; Ray replaces 127.0.0.1
-    made = None
     os.environ.update(patience)
+    others, driver = _below(), sys.modules["ray._private.worker"]
+    loud, driver.print_to_stdstream = driver.print_to_stdstream, lambda *_, **__: None     # pages about the node that dies
     try:
         for left in reversed(range(tries)):
+            made = Cluster()
             try:
-                made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
+                made.add_node(num_cpus=0, include_dashboard=False, no_monitor=True, include_log_monitor=False, **small)
                 workers = [made.add_node(num_cpus=1, **small) for _ in range(nodes)]
-                made.wait_for_nodes()
-                cluster.init(address=made.address, log_to_driver=False)
+                made.wait_for_nodes(timeout=60)
+                cluster.init(address=made.address, log_to_driver=False, logging_level="ERROR")
                 break
             except Exception:
-                _shut(cluster, made)
-                made = None
                 if not left:
                     raise
+                _shut(cluster, made, others)
         yield made, workers
     finally:
-        _shut(cluster, made)
+        _shut(cluster, made, others)
+        driver.print_to_stdstream = loud
         for name, value in held.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _shut(cluster, made):
+def _below():
+    import psutil
+    return set(psutil.Process().children(recursive=True))
+
+
+def _shut(cluster, made, others):
+    """End a cluster, also one that came up by half: Ray forgets the processes of a node that did not answer in time."""
     cluster.shutdown()
-    if made is not None:
+    with contextlib.suppress(Exception):
         made.shutdown()
+    for process in _below() - others:
+        with contextlib.suppress(Exception):
+            process.kill()
 
 
 def _past(deadline) -> bool:

@@ -156,8 +156,8 @@ def list_inputs(source, depth="", limit=0) -> tuple[list[dict], int]:
             for name in files + folders:
                 if Path(name).suffix.lower() in PICTURES:
                     found.append(Path(at, name))
-                else:
-                    others += name in files and name != "frames.jsonl"
+                elif name in files and name != "frames.jsonl":
+                    others += not (depth and Path(name).suffix.lower() in DEPTHS)
     elif source.is_file():
         root = source.parent
         found = [root / line for line in source.read_text(encoding="utf8", errors="surrogateescape").splitlines() if line]

@@ -203,6 +203,29 @@ def walk(seconds=5.0, fps=12, size=(240, 320)):
     return images, [k / fps for k in range(count)]
 
 
+def walk_depth(folder, seconds=5.0) -> Path:
+    """Beside the sample's extracted frames, their exact depth in metres as .npy, from the renderer; returns the folder.
+
+    Home video has no such thing; the sample has, so that a lesson's edits can be right or wrong by the edit alone.
+    """
+    from dataclasses import replace
+
+    from PIL import Image
+
+    from lib import scenes
+    folder, scene = Path(folder), scenes.sample(scenes.EXAMPLE)
+    for row in read_frames(folder):
+        path = (folder / row["file"]).with_suffix(".npy")
+        if not path.exists():
+            with Image.open(folder / row["file"]) as frame:
+                size = frame.size[::-1]
+            camera = replace(scene.camera, **_path(scene.camera, min(1.0, row["pts"] * 12 / (seconds * 12 - 1))))
+            buffer = io.BytesIO()
+            np.save(buffer, scenes.render(replace(scene, camera=camera), size, samples=1).depth[0, 0].numpy())
+            write_atomic(path, buffer.getvalue())
+    return folder
+
+
 def _path(camera, s) -> dict:
     """Where the camera is after a share s of the walk: fields of scenes.Camera."""
     s = s * s * (3 - 2 * s)                                       # starts and stops gently

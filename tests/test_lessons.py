@@ -8,7 +8,7 @@ from lib import setup, show
 
 LESSONS = setup.lessons()
 each_lesson = pytest.mark.parametrize("path", LESSONS, ids=[path.name[:2] for path in LESSONS])
-LINES, WIDTH = {"00": 13, "01": 14, "02": 15, "03": 15, "04": 16, "14": 17}, {"02": 122, "04": 122}   # of a code cell
+LINES, WIDTH = {"00": 13, "01": 14, "02": 15, "03": 15, "04": 16, "14": 17, "15": 36}, {"02": 122, "04": 122}   # of a code cell
 RESULT = r"show\.(pictures|depth|table)\(|plt\.subplots|_explorer\(|depth_threshold\("
 
 

@@ -1,0 +1,90 @@
+"""Write what the Kaggle command line needs into build/kaggle: one folder to push, one to upload.
+
+    python kaggle/make.py USER                                 the lesson as it is, on the course's own film
+    python kaggle/make.py USER --data me/frames -p INPUT frames -p MODEL sd15 --internet
+    python kaggle/make.py USER --data me/frames -p INPUT frames --session 2     the second session of the same job
+    python kaggle/make.py USER --wheels                        also fetch wheels.txt (needs a network here, not on Kaggle)
+
+It prints the commands to type next. Nothing is sent from here.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+
+from lib import setup  # noqa: E402
+
+
+def kernel(folder: Path, user: str, parameters=(), data=(), session=1, internet=False, models=()) -> Path:
+    """The folder for `kaggle kernels push`: the lesson with its parameters, and its metadata."""
+    meta = json.loads((HERE / "kernel-metadata.json").read_text())
+    notebook = ROOT / "notebooks" / meta["code_file"]
+    known = setup.notebook_parameters(notebook)
+    given = {"JOB_ONLY": True, **{name: setup._typed(value, known.get(name, "")) for name, value in parameters}}
+    slug = meta["id"].split("/")[1]
+    meta["id"], meta["title"] = f"{user}/{_numbered(slug, session)}", _numbered(meta["title"], session, " ")
+    meta["kernel_sources"] = [f"{user}/{_numbered(slug, n)}" for n in range(1, session)]
+    meta["dataset_sources"] = [s.replace("USER", user) for s in meta["dataset_sources"]] + list(data)
+    meta["model_sources"], meta["enable_internet"] = list(models), internet
+    folder.mkdir(parents=True, exist_ok=True)
+    setup.run_notebook(notebook, folder / notebook.name, given, prepare_only=True)
+    (folder / "kernel-metadata.json").write_text(json.dumps(meta, indent=1) + "\n")
+    return folder
+
+
+def _numbered(name, session, gap="-"):
+    return name if session == 1 else f"{name}{gap}{session}"
+
+
+def dataset(folder: Path, user: str, wheels=False) -> Path:
+    """The folder for `kaggle datasets create`: the course as one wheel (lib, models, figures), and wheels of what the image
+    may lack. Without internet on Kaggle this is how the course gets there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    pip = [sys.executable, "-m", "pip"]
+    subprocess.run([*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", str(ROOT), "-w", str(folder)], check=True)
+    if wheels:
+        target = ["--only-binary=:all:", "--python-version", "3.12", "--platform", "manylinux_2_28_x86_64", "--platform",
+                  "manylinux2014_x86_64"]
+        subprocess.run([*pip, "download", "--quiet", "--no-deps", *target, "-r", str(HERE / "wheels.txt"), "-d", str(folder)],
+                       check=True)
+    text = (HERE / "dataset-metadata.json").read_text().replace("USER", user)
+    (folder / "dataset-metadata.json").write_text(text)
+    return folder
+
+
+def main(words=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("user", help="your name on Kaggle, as in its addresses")
+    parser.add_argument("-p", dest="parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("--data", action="append", default=[], metavar="OWNER/SLUG", help="a dataset to attach; may be repeated")
+    parser.add_argument("--model", action="append", default=[], metavar="OWNER/...", help="a Kaggle model to attach")
+    parser.add_argument("--session", type=int, default=1, help="2: attach session 1's output and go on; and so on")
+    parser.add_argument("--internet", action="store_true", help="let the notebook use it, for weights (sd15)")
+    parser.add_argument("--wheels", action="store_true", help="put wheels of wheels.txt into the dataset")
+    parser.add_argument("--no-dataset", action="store_true", help="the dataset is there already")
+    parser.add_argument("--to", type=Path, default=ROOT / "build" / "kaggle")
+    args = parser.parse_args(words)
+    try:
+        pushed = kernel(args.to / "kernel", args.user, args.parameter, args.data, args.session, args.internet, args.model)
+        if not args.no_dataset:
+            print(f"kaggle datasets create -p {dataset(args.to / 'dataset', args.user, args.wheels)}     # again: datasets "
+                  "version -m new -p ...")
+    except (ValueError, subprocess.CalledProcessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    name = json.loads((pushed / "kernel-metadata.json").read_text())["id"]
+    print(f"kaggle kernels push -p {pushed}\nkaggle kernels status {name}\nkaggle kernels output {name} -p out")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

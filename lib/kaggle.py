@@ -1,0 +1,139 @@
+"""What is special about a Kaggle session: which GPUs must be there, where attached things lie, and when it ends.
+
+Elsewhere these functions do what one would expect: a path is a path, any device will do, and time is not short.
+"""
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from lib import engines, setup
+from lib.jobs import Refused
+
+SESSION = 12 * 3600.0           # seconds after which Kaggle ends a session with a CPU or with GPUs
+MARGIN = 42 * 60.0              # what the last batch, the report and saving may take
+OUTPUT = 20e9                   # bytes that /kaggle/working may keep
+SWITCH_ON = ("On Kaggle: in the notebook's settings, Accelerator, choose 'GPU T4 x2' (with `kaggle kernels push`: "
+             '"machine_shape": "NvidiaTeslaT4"). GPUS = 0 goes on with what is here.')
+
+
+def here() -> bool:
+    return setup.where() == "kaggle"
+
+
+def inputs() -> Path:
+    """Where Kaggle mounts what is attached, read-only (LAYERS_KAGGLE_INPUT overrides it, for tests)."""
+    return Path(os.environ.get("LAYERS_KAGGLE_INPUT", "/kaggle/input"))
+
+
+# ---------------------------------------------------------------- devices
+
+def check_devices(wanted: int = -1) -> list[str]:
+    """The GPUs that work with this torch, as text. RuntimeError says what is missing and what to switch on.
+
+    wanted: how many must be there; -1: two on Kaggle, elsewhere whatever there is. Each card does one small sum, in
+    another process (so that this one holds no memory on them): a card too old for this torch says it is available.
+    """
+    wanted = (2 if here() else 0) if wanted < 0 else wanted
+    found = engines.cards()
+    if len(found) < wanted:
+        names = ", ".join(card.name for card in found) or "none"
+        raise RuntimeError(f"{wanted} GPUs are wanted, and there are {len(found)} ({names}). {SWITCH_ON}")
+    if found and wanted:
+        _try_cards(found)
+    return [f"{card.name}, {card.memory_mb / 1024:.0f} GB" for card in found]
+
+
+def _try_cards(found):
+    code = "import sys, torch\nfor n in range(int(sys.argv[1])): torch.ones(2, device=f'cuda:{n}').sum().item()"
+    done = subprocess.run([sys.executable, "-c", code, str(len(found))], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"There are {len(found)} GPUs ({found[0].name}), and this torch cannot use them: {last}. {SWITCH_ON}")
+
+
+# ---------------------------------------------------------------- what is attached
+
+def attached(name, base=None) -> Path:
+    """A path as it is; else what is attached to the notebook under this name. Refused: neither; says what there is.
+
+    name: "slug", "owner/slug", or a file or folder inside ("owner/slug/frames"). Both mounts are known: <slug>/, and
+    since 2026 <kind>/<owner>/<slug>/ with kind "datasets", "notebooks" and so on.
+    """
+    base, path = Path(base or inputs()), Path(name)
+    if path.exists():
+        return path
+    parts = path.parts
+    places = [base.joinpath(*parts), *sorted(base.glob("/".join(["*", *parts]))), *sorted(base.glob("/".join(["*", "*", *parts])))]
+    if len(parts) > 1 and not path.is_absolute():                 # the older mount does not name the owner
+        places.append(base.joinpath(*parts[1:]))
+    for place in places if not path.is_absolute() else []:
+        if place.exists():
+            return place
+    there = sorted({str(p.relative_to(base)) for p in [*base.glob("*"), *base.glob("*/*/*")] if p.is_dir()})[:20]
+    raise Refused(f"There is no {name!r} here, nor is it attached under {base}"
+                  + (f", which holds: {', '.join(there)}." if there else ", which holds nothing."))
+
+
+def sessions(base=None, deep=5) -> list[Path]:
+    """Folders under `base` that hold a job: the outputs of earlier sessions, attached to this one."""
+    base, found = Path(base or inputs()), []
+    for at, below, files in os.walk(base):
+        if "run.json" in files and "inputs.jsonl" in files:
+            found.append(Path(at))
+            below.clear()
+        if len(Path(at).relative_to(base).parts) >= deep:
+            below.clear()
+    return sorted(found)
+
+
+def add_wheels(base=None) -> list[str]:
+    """Install attached wheels of packages that are not here at all, without a network; returns their names.
+
+    What is installed stays as it is (torch above all): a wheel of it is passed over.
+    """
+    wanted = {}
+    for wheel in sorted(Path(base or inputs()).rglob("*.whl")):
+        name = re.sub(r"[-_.]+", "-", wheel.name.split("-")[0]).lower()
+        if not _is_installed(name):
+            wanted[name] = wheel
+    if wanted:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+        done = subprocess.run([*command, *map(str, wanted.values())], capture_output=True, text=True)
+        if done.returncode:
+            print(f"The attached wheels could not be installed: {done.stderr.strip()[-300:]}")
+            return []
+    return sorted(wanted)
+
+
+def _is_installed(name) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
+
+
+# ---------------------------------------------------------------- the clock
+
+def session_age() -> float:
+    """Seconds since this session began: the age of its first process (an interactive one began before its notebook)."""
+    import psutil
+    return time.time() - psutil.Process(1).create_time()
+
+
+def working_seconds(given: float = 0, limit=SESSION, margin=MARGIN) -> float:
+    """For --max-seconds: what is given; else, on Kaggle, what is left of the session less a margin; elsewhere 0, no limit.
+
+    Refused when nothing is left."""
+    if given or not here():
+        return float(given)
+    left = limit - margin - session_age()
+    if left <= 0:
+        raise Refused(f"This session is {session_age() / 3600:.1f} h old and ends at {limit / 3600:.0f} h: start a new one, "
+                      "attach this one's output, and the job goes on.")
+    return left
