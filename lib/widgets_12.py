@@ -1,7 +1,7 @@
-"""Lesson 12's interactive parts: damage a true picture and read every score; compare two methods room by room.
+"""Lesson 12's interactive parts: damage a true picture and read every score; compare two methods, room by room.
 
-`damage_view` and `pairs_view` are plain functions of their settings; the shells only add sliders and dropdowns. Also
-here: the lesson's examples with their truth, the stored scoreboard as arrays, and the lesson's stored pictures.
+`damage_view` and `pairs_view` are plain functions of their settings; the shells only add sliders and
+dropdowns. Also here: examples with their truth, the stored scoreboard as arrays, the lesson's stored pictures.
 """
 import csv
 import io
@@ -19,15 +19,15 @@ from lib import benchmark, metrics, scenes, show, widgets
 
 EXAMPLE = {"FIRST": 20000001, "ROOMS": 4}            # the lesson's own parameters; a test compares them
 ZONE_COLOURS = {"shading": (0.96, 0.52, 0.09), "shadow": (0.30, 0.47, 0.90), "outside": (0.45, 0.45, 0.45)}
-ERROR_TOP = 0.3                                      # an error of 0.3 or more is the brightest yellow of an error map
+ERROR_TOP = 0.3          # an error of 0.3 or more is the brightest yellow of an error map
 
 
 # ---------------------------------------------------------------- a case with everything its truth knows
 
 @dataclass
 class Example:
-    """One insertion case of the board, and more of its truth. case: `benchmark.Case`; depth (1, 1, H, W): metres of the
-    true picture; valid: 1 where no glass is; whole (1, 4, H, W): the object with nothing in front, in the right light."""
+    """One insertion case of the board, and more of its truth. depth (1, 1, H, W): metres of the true picture;
+    valid: 1 where no glass is; whole (1, 4, H, W): the object with nothing in front, in the right light."""
     case: benchmark.Case
     depth: torch.Tensor
     valid: torch.Tensor
@@ -96,12 +96,12 @@ DAMAGES = {"shift": (_shift, lambda a: f"{round(8 * a)} pixels to the right"),
            "object removed": (_no_object, lambda a: f"faded by {a:.0%}"),
            "object in front": (_in_front, lambda a: f"over what hides it, opaque to {a:.0%}")}
 #: the amounts of the lesson's table and of its strip: one pixel, sigma 1, 0.05, 0.05, 0.05, all, all, all
-TYPICAL = {"shift": 1 / 8, "blur": 1 / 3, "noise": 1 / 6, "brightness": 1 / 6, "colour cast": 1 / 6, "shadow removed": 1.0,
-           "object removed": 1.0, "object in front": 1.0}
+TYPICAL = {"shift": 1 / 8, "blur": 1 / 3, "noise": 1 / 6, "brightness": 1 / 6, "colour cast": 1 / 6,
+           "shadow removed": 1.0, "object removed": 1.0, "object in front": 1.0}
 
 
 def damage(e, kind, amount):
-    """The true picture of an `Example` with one kind of damage: (1, 3, H, W) in [0, 1]. amount in [0, 1], 0 = none."""
+    """The true picture of an `Example` with one kind of damage, (1, 3, H, W). amount in [0, 1], 0 = none."""
     if kind not in DAMAGES:
         raise ValueError(f"unknown damage {kind!r}: use one of {', '.join(DAMAGES)}.")
     if not 0 <= amount <= 1:
@@ -110,7 +110,7 @@ def damage(e, kind, amount):
 
 
 def amount_for(e, kind, rmse, rounds=24):
-    """The amount at which a damage has this RMSE over the picture, by bisection; 1.0 where even that is too little."""
+    """The amount at which a damage has this RMSE over the picture, by bisection; 1.0 where all of it has less."""
     low, high = 0.0, 1.0
     if float(metrics.rmse(damage(e, kind, 1.0), e.case.truth)) < rmse:
         return 1.0
@@ -128,7 +128,7 @@ def error_map(image, truth):
 
 
 def zone_map(c):
-    """The zones of a case as colours over a faint picture: (1, 3, H, W). Orange shading, blue shadow, grey outside."""
+    """The zones of a case over its faint picture, (1, 3, H, W): orange shading, blue shadow, grey outside."""
     colours = sum(c.zones[z] * torch.tensor(rgb).view(1, 3, 1, 1) for z, rgb in ZONE_COLOURS.items())
     return 0.65 * colours + 0.35 * c.truth.mean(1, keepdim=True)
 
@@ -137,13 +137,13 @@ def damage_view(judge, e, kind, amount):
     """(PIL picture, text): a damaged picture, where it is off, the zones, and every score."""
     c, image = e.case, damage(e, kind, amount)
     s, (order, _) = benchmark.scores(judge, image, c), benchmark.judged(judge, image, c)
-    labels = [f"{kind}:\n{DAMAGES[kind][1](amount)}", f"where it is off\n(black 0, yellow {ERROR_TOP} or more)",
+    labels = [f"{kind}:\n{DAMAGES[kind][1](amount)}", f"where it is off\n(black 0, yellow {ERROR_TOP}+)",
               "the zones: orange shading,\nblue shadow, grey outside", "the truth"]
     drawn = show.tile([image, error_map(image, c.truth), zone_map(c), c.truth], labels, columns=4)
     zones = ", ".join(f"{z} {s[f'rmse_{z}']:.3f}" for z in ZONE_COLOURS)
     seen = {1.0: "right", 0.0: "WRONG"}.get(order, "no occluder")
-    return drawn, (f"<b>RMSE</b> {zones} &nbsp; <b>PSNR</b> {s['psnr']:.1f} dB &nbsp; <b>SSIM</b> {s['ssim']:.3f} &nbsp; "
-                   f"<b>feat_dist</b> {s['feat_dist']:.3f} &nbsp; <b>order</b> {seen}")
+    return drawn, (f"<b>RMSE</b> {zones} &nbsp; <b>PSNR</b> {s['psnr']:.1f} dB &nbsp; <b>SSIM</b> {s['ssim']:.3f} "
+                   f"&nbsp; <b>feat_dist</b> {s['feat_dist']:.3f} &nbsp; <b>order</b> {seen}")
 
 
 def damage_explorer(judge, e, kind="blur", amount=1 / 3):
@@ -167,7 +167,7 @@ MEASURES = {"shadow": ("rmse_shadow", "RMSE in the shadow zone", False),
 
 @lru_cache(maxsize=4)
 def board(folder=None):
-    """(summary, rows): the newest stored scoreboard, the one the README shows, and its CSV as a tuple of dicts.
+    """(summary, rows): the newest stored scoreboard, the README's, and its CSV as a tuple of dicts.
 
     Numbers are floats, NaN where there is none. Raises FileNotFoundError when no result is stored."""
     path, summary = benchmark.newest(folder)
@@ -178,7 +178,7 @@ def board(folder=None):
 
 
 def column(rows, task, mechanism, key):
-    """One score of one method for every room of a task, in the order of the rooms' seeds: a float array (N,)."""
+    """One score of one method in every room of a task, in the order of the seeds: a float array (N,)."""
     mine = {int(r["seed"]): r[key] for r in rows if (r["task"], r["mechanism"]) == (task, mechanism)}
     if not mine:
         raise ValueError(f"the scoreboard has no {mechanism!r} for {task!r}.")
@@ -186,7 +186,7 @@ def column(rows, task, mechanism, key):
 
 
 def pairs_view(rows, task, measure, first, second):
-    """(PIL picture, text): two methods room by room, and the differences with their paired and unpaired interval."""
+    """(PIL picture, text): two methods room by room, their differences, the paired and unpaired interval."""
     key, words, more = MEASURES[measure]
     a, b = (column(rows, task, m, key) for m in (first, second))
     keep = np.isfinite(a) & np.isfinite(b)
@@ -210,9 +210,13 @@ def _scatter(axes, a, b, words, first, second):
 
 
 def _histogram(axes, d, paired, loose, first, second):
-    axes.hist(d, bins=min(24, max(6, len(d) // 3)), color="#bcd0e5", edgecolor="white")
+    values, counts = np.unique(d, return_counts=True)
+    if len(values) <= 3:                                 # yes or no: a bar for each value, not for each bin
+        axes.bar(values, counts, width=0.12 * (np.ptp(d) or 1), color="#bcd0e5")
+    else:
+        axes.hist(d, bins=min(24, max(6, len(d) // 3)), color="#bcd0e5", edgecolor="white")
     top = axes.get_ylim()[1]
-    axes.axvline(0, color="black", linewidth=1.2, linestyle="--", label="no difference")
+    axes.axvline(0, ymax=0.7, color="black", linewidth=1.2, linestyle="--", label="no difference")
     for k, (r, colour, name) in enumerate(((paired, "#e45756", "paired interval of the mean"),
                                            (loose, "#888888", "interval if the pairing is forgotten"))):
         y = top * (1.08 + 0.09 * k)
@@ -227,8 +231,8 @@ def _verdict(r, first, second, words, more):
         said = "it holds 0: this board cannot tell them apart"
     else:
         said = f"<b>{first if (r['diff'] > 0) == more else second}</b> is better on the mean"
-    return (f"{words}, {first} - {second}, {r['n']} rooms: {r['diff']:+.4f}, 95 % paired interval [{r['low']:+.4f}, "
-            f"{r['high']:+.4f}]; {said}.")
+    return (f"{words}, {first} - {second}, {r['n']} rooms: {r['diff']:+.4f}, 95 % paired interval "
+            f"[{r['low']:+.4f}, {r['high']:+.4f}]; {said}.")
 
 
 def _message(text):
@@ -242,9 +246,10 @@ def _pil(view):
 
 
 def pairs_explorer(rows, first="inject", second="alpha"):
-    """Choose task, measure and two methods of the scoreboard: a `panel` of dots, differences and intervals."""
+    """Choose task, measure and two methods of the board: a `panel` of dots, differences and intervals."""
     import ipywidgets as w
-    names = [m for m in dict.fromkeys(r["mechanism"] for r in rows) if m not in ("vae", "vae-residual", "plain-cfg")]
+    bounds = ("vae", "vae-residual", "plain-cfg")
+    names = [m for m in dict.fromkeys(r["mechanism"] for r in rows) if m not in bounds]
     tasks = list(dict.fromkeys(r["task"] for r in rows))
     return widgets.panel(lambda **chosen: pairs_view(rows, **chosen), "pairs-explorer",
                          task=w.Dropdown(options=tasks, description="task"),
@@ -256,11 +261,12 @@ def pairs_explorer(rows, first="inject", second="alpha"):
 # ---------------------------------------------------------------- small drawings
 
 def heat_map(rows, columns, shade, texts, label, width=None):
-    """A table as colours: shade (R, C) in [0, 1] picks the colour (white 0, dark red 1), texts (R, C) are the numbers."""
+    """A table as colours. shade (R, C) in [0, 1]: white 0, dark red 1; texts (R, C): what is written there."""
     shade = np.asarray(shade, dtype=float)
     if shade.shape != (len(rows), len(columns)) or np.shape(texts) != shade.shape:
-        raise ValueError(f"{len(rows)} rows and {len(columns)} columns do not fit values of shape {shade.shape}.")
-    view = show.View(figsize=(width or 2.6 + 1.0 * len(columns), 0.75 + 0.42 * len(rows)), dpi=show.DPI, facecolor="white")
+        raise ValueError(f"{len(rows)} rows, {len(columns)} columns: they do not fit values {shade.shape}.")
+    size = width or 2.6 + 1.0 * len(columns), 0.75 + 0.42 * len(rows)
+    view = show.View(figsize=size, dpi=show.DPI, facecolor="white")
     w, h = view.get_size_inches()
     axes = view.add_axes((1.75 / w, 0.1 / h, 1 - 2.65 / w, 1 - 0.65 / h))
     shown = axes.imshow(np.ma.masked_invalid(shade), cmap="Reds", vmin=0, vmax=1, aspect="auto")
@@ -270,7 +276,8 @@ def heat_map(rows, columns, shade, texts, label, width=None):
     axes.tick_params(length=0)
     for i, line in enumerate(texts):
         for j, text in enumerate(line):
-            axes.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if shade[i, j] > 0.6 else "black")
+            colour = "white" if shade[i, j] > 0.6 else "black"
+            axes.text(j, i, text, ha="center", va="center", fontsize=9, color=colour)
     bar = view.colorbar(shown, cax=view.add_axes((1 - 0.8 / w, 0.1 / h, 0.16 / w, 1 - 0.65 / h)))
     bar.set_label(label, fontsize=9)
     bar.ax.tick_params(labelsize=8)
@@ -281,7 +288,7 @@ def heat_map(rows, columns, shade, texts, label, width=None):
 def curves(panels, xlabel, title, width=4.6):
     """Lines with error bars over a logarithmic x, one axes for each entry of panels.
 
-    panels: dict of y label -> list of (x, means, spreads, label); title follows the y label above each axes."""
+    panels: dict of y label -> list of (x, means, spreads, label); title follows the y label above an axes."""
     view = show.View(figsize=(width * len(panels), 3.4), dpi=show.DPI, facecolor="white")
     share = 1 / len(panels)
     for k, (ylabel, lines) in enumerate(panels.items()):
@@ -295,7 +302,7 @@ def curves(panels, xlabel, title, width=4.6):
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=9)
-    view.alt = f"{', '.join(panels)} over {xlabel}: " + "; ".join(line[3] for line in next(iter(panels.values())))
+    view.alt = f"{', '.join(panels)} over {xlabel}"
     return view
 
 
@@ -305,7 +312,7 @@ EQUAL = ("shift", "noise", "blur", "brightness", "colour cast", "object removed"
 
 
 def equal_rmse(judge, e, pixels=1):
-    """Damages with the RMSE of a shift by so many pixels, or as much as they can have. Returns (pictures, labels)."""
+    """Damages with the RMSE of a shift by so many pixels, or all that they can have: (pictures, labels)."""
     target = float(metrics.rmse(damage(e, "shift", pixels / 8), e.case.truth))
     images, labels = [e.case.truth], ["the truth\n\n"]
     for kind in EQUAL:
@@ -318,7 +325,7 @@ def equal_rmse(judge, e, pixels=1):
 
 
 def damage_strip(judge, e, kinds=("blur", "shadow removed", "object in front")):
-    """The damage widget without a kernel: three damages, where they are off, and their scores in the labels."""
+    """The damage widget without a kernel: three damages, where they are off, their scores in the labels."""
     images, labels = [], []
     for kind in kinds:
         image = damage(e, kind, TYPICAL[kind])
@@ -332,7 +339,7 @@ def damage_strip(judge, e, kinds=("blur", "shadow removed", "object in front")):
 
 
 def make_figures(folder):
-    """Draw the stored pictures of lesson 12 (needs the judge and a stored scoreboard). Returns their paths."""
+    """Draw the stored pictures of lesson 12 (needs the judge and a stored board). Returns their paths."""
     from lib import models
     folder, judge, e = Path(folder), models.load_judge(quiet=True), example(EXAMPLE["FIRST"])
     paths = [show.sheet(*equal_rmse(judge, e), folder / "12_same_rmse.png", columns=4),

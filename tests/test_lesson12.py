@@ -175,7 +175,7 @@ def test_the_board_is_computed_again_from_its_rows(stored, capsys):
                       metrics=metrics, widgets_12=widgets_12, show=show)
     assert "the stored ones are right" in capsys.readouterr().out
     assert len(space["differences"]) == sum(len(d) * 3 for t in summary["tasks"].values() for d in t["differences"].values())
-    assert len(space["table"]) == 2 * 2 * 6 + 2 and {line[2] for line in space["table"]} <= {"reached", "NOT reached"}
+    assert len(space["table"]) == 2 * 6 * len(benchmark.MECHANISMS) + 2 and {line[2] for line in space["table"]} <= {"reached", "NOT reached"}
 
 
 def test_columns_of_the_board_follow_the_seeds(stored):
