@@ -50,12 +50,13 @@ def dataset(folder: Path, user: str, wheels=False) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     pip = [sys.executable, "-m", "pip"]
-    subprocess.run([*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", str(ROOT), "-w", str(folder)], check=True)
+    build = [*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", str(ROOT), "-w", str(folder)]
+    subprocess.run(build, check=True)
     if wheels:
-        target = ["--only-binary=:all:", "--python-version", "3.12", "--platform", "manylinux_2_28_x86_64", "--platform",
-                  "manylinux2014_x86_64"]
-        subprocess.run([*pip, "download", "--quiet", "--no-deps", *target, "-r", str(HERE / "wheels.txt"), "-d", str(folder)],
-                       check=True)
+        target = ["--only-binary=:all:", "--python-version", "3.12", "--platform", "manylinux_2_28_x86_64",
+                  "--platform", "manylinux2014_x86_64"]
+        wanted = ["-r", str(HERE / "wheels.txt"), "-d", str(folder)]
+        subprocess.run([*pip, "download", "--quiet", "--no-deps", *target, *wanted], check=True)
     text = (HERE / "dataset-metadata.json").read_text().replace("USER", user)
     (folder / "dataset-metadata.json").write_text(text)
     return folder
@@ -65,8 +66,9 @@ def main(words=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("user", help="your name on Kaggle, as in its addresses")
     parser.add_argument("-p", dest="parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    parser.add_argument("--data", action="append", default=[], metavar="OWNER/SLUG", help="a dataset to attach; may be repeated")
-    parser.add_argument("--model", action="append", default=[], metavar="OWNER/...", help="a Kaggle model to attach")
+    attach = dict(action="append", default=[], metavar="OWNER/SLUG")
+    parser.add_argument("--data", **attach, help="a dataset to attach; may be repeated")
+    parser.add_argument("--model", **attach, help="a Kaggle model to attach, by its whole name")
     parser.add_argument("--session", type=int, default=1, help="2: attach session 1's output and go on; and so on")
     parser.add_argument("--internet", action="store_true", help="let the notebook use it, for weights (sd15)")
     parser.add_argument("--wheels", action="store_true", help="put wheels of wheels.txt into the dataset")
@@ -74,10 +76,11 @@ def main(words=None) -> int:
     parser.add_argument("--to", type=Path, default=ROOT / "build" / "kaggle")
     args = parser.parse_args(words)
     try:
-        pushed = kernel(args.to / "kernel", args.user, args.parameter, args.data, args.session, args.internet, args.model)
+        pushed = kernel(args.to / "kernel", args.user, args.parameter, args.data, args.session, args.internet,
+                        args.model)
         if not args.no_dataset:
-            print(f"kaggle datasets create -p {dataset(args.to / 'dataset', args.user, args.wheels)}     # again: datasets "
-                  "version -m new -p ...")
+            folder = dataset(args.to / "dataset", args.user, args.wheels)
+            print(f"kaggle datasets create -p {folder}      # again: kaggle datasets version -m new -p {folder}")
     except (ValueError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -217,12 +217,14 @@ class Runner:
                 self.timing["encode"] += seconds["encode"]
                 if data is not None:
                     self._write(item, row, data)
-            row |= {"time": round(time.time(), 3), "seconds": {k: round(v, 5) for k, v in seconds.items()},
+            row |= {"seconds": {k: round(v, 5) for k, v in seconds.items()},
                     "batch": self.batch, "oom": outcome.oom, "precise": outcome.precise, "worker": self.name,
                     "peak_mb": peak_mb(), "metrics": outcome.metrics or {}}
             self.timing["load"] += seconds.get("load", 0)
             rows.append(row)
         _sync_folder(self.at.out)
+        now = round(time.time(), 3)                               # one for the whole batch, which was worked on as one
+        rows = [row | {"time": now} for row in rows]
         self.part.append(rows, sync=True)
         self.rows |= {row["id"]: row for row in rows}
         self.claim.beat()

@@ -50,7 +50,8 @@ def make_inputs(folder: Path, count: int, size=192) -> Path:
     folder.mkdir(parents=True)
     for n in range(count):
         cells = np.random.default_rng(n).integers(0, 255, (12, 12, 3), np.uint8)
-        Image.fromarray(cells).resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{n:05d}.png", compress_level=1)
+        picture = Image.fromarray(cells).resize((size, size), Image.Resampling.BICUBIC)
+        picture.save(folder / f"{n:05d}.png", compress_level=1)
     return folder
 
 
@@ -75,8 +76,9 @@ def timed_run(job, workers: int, device="cpu", pin=True) -> dict:
     wall, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF)
     parent = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / wall
     spent, rows = report.time_spent(job), sorted(job.rows(), key=lambda row: row["time"])
-    return {"code": code, "rate": rate(job), "parent": parent, "wall": wall, "memory": memory(rows), "busy": spent["infer"] / spent["wall"],
-            "commit": spent["commit"] / spent["wall"], "wait": spent.get("wait_commit", 0) / spent["wall"], "rows": rows}
+    share = {name: spent.get(key, 0) / spent["wall"] for name, key in (
+        ("busy", "infer"), ("commit", "commit"), ("wait", "wait_commit"))}
+    return {"code": code, "rate": rate(job), "parent": parent, "wall": wall, "rows": rows, **share}
 
 
 # ---------------------------------------------------------------- memory
@@ -91,8 +93,9 @@ def memory(rows, early=100) -> list[tuple[float, float, int]]:
 
 def show_memory(rows, say, what):
     for early, late, count in memory(rows):
-        say(f"memory      {what}: {early:.1f} MB at image {min(100, max(1, count // 3)):,}, {late:.1f} MB at image {count:,} "
-            f"of one worker ({late / early - 1:+.1%})")
+        first = min(100, max(1, count // 3))
+        say(f"memory      {what}: {early:.1f} MB at image {first:,}, {late:.1f} MB at image {count:,} of one worker "
+            f"({late / early - 1:+.1%})")
 
 
 def _long_run(folder, count, say):
@@ -194,8 +197,8 @@ class Watch:
         self.process = None
         if self.card is not None:
             self.file = tempfile.TemporaryFile("w+")
-            query = ["nvidia-smi", "-i", self.card, "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits",
-                     "-lms", "250"]
+            query = ["nvidia-smi", "-i", self.card, "--query-gpu=utilization.gpu,memory.used",
+                     "--format=csv,noheader,nounits", "-lms", "250"]
             with contextlib.suppress(OSError):
                 self.process = subprocess.Popen(query, stdout=self.file, stderr=subprocess.DEVNULL)
         return self
@@ -241,8 +244,8 @@ def _edits(folder, count, steps, device, model, say):
         model = str(random_pipeline(Path(folder) / f"{model}-weights", model.removeprefix("random-")))
     size = setup._picture_size(model)
     for workers in (1, 2) if str(device).startswith("cuda") else (1,):
-        job = jobs.open_or_create(Path(folder) / f"edits{workers}", source, "edit", {"steps": steps, "model": model}, limit=count,
-                                  shard_size=max(1, count // (2 * workers)))
+        job = jobs.open_or_create(Path(folder) / f"edits{workers}", source, "edit", {"steps": steps, "model": model},
+                                  limit=count, shard_size=max(1, count // (2 * workers)))
         with _only(card), Watch(card if str(device).startswith("cuda") else None) as watch:
             found = timed_run(job, workers, device, pin=device == "cpu")
         states, passes = batch.status(job), [row["metrics"].get("passes", 0) for row in found["rows"]]
@@ -275,7 +278,8 @@ def run(images=600, edits=0, steps=50, memory_images=0, device="cpu", model="min
     """Print all of it; returns an exit code (0 also where a number is bad: the reader judges)."""
     from lib import setup
     cores, load = setup.cpus(), os.getloadavg()[0]
-    say(f"{cores} cores, load {load:.1f} at the start" + (" (this machine is busy: ratios suffer)" if load > 0.5 else ""))
+    busy = " (this machine is busy: ratios suffer)" if load > 0.5 else ""
+    say(f"{cores} cores, load {load:.1f} at the start{busy}")
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         if images:
             _scaling(folder, images, say)
@@ -291,7 +295,9 @@ def _scaling(folder, images, say):
     source = make_inputs(Path(folder) / "in", images)
     make = lambda n: jobs.open_or_create(Path(folder) / f"workers{n}", source, "lib.bench:Work", shard_size=32)
     one, two = (timed_run(make(n), n) for n in (1, 2))
-    say(f"one worker  {one['rate']:7.1f} images/s\ntwo workers {two['rate']:7.1f} images/s: {two['rate'] / one['rate']:.2f} x")
+    say(f"one worker  {one['rate']:7.1f} images/s")
+    say(f"two workers {two['rate']:7.1f} images/s: {two['rate'] / one['rate']:.2f} x")
     say(f"parent      {two['parent']:7.1%} of a core while two workers run")
     show_memory(two["rows"], say, "Work")
-    say(f"commits     {two['commit']:7.1%} of the workers' time here, in a thread beside the work ({two['wait']:.1%} waited for)")
+    say(f"commits     {two['commit']:7.1%} of the workers' time here, in a thread beside the work "
+        f"({two['wait']:.1%} waited for)")

@@ -44,7 +44,8 @@ def cards() -> list[Card]:
     if allowed is None:
         return [Card(index, name, memory) for index, _, name, memory in found]
     by_name = {key: (name, memory) for index, uuid, name, memory in found for key in (index, uuid)}
-    return [Card(key, *by_name.get(key, ("GPU", 0.0))) for key in map(str.strip, allowed.split(",")) if key not in ("", "-1")]
+    chosen = [key.strip() for key in allowed.split(",") if key.strip() not in ("", "-1")]
+    return [Card(key, *by_name.get(key, ("GPU", 0.0))) for key in chosen]
 
 
 def gpus() -> list[str]:
@@ -213,15 +214,17 @@ def loopback_cluster(nodes=2, tries=3):
     patience = {"RAY_gcs_server_request_timeout_seconds": "120", "RAY_health_check_timeout_ms": "60000",
                 "RAY_USAGE_STATS_ENABLED": "0"}
     held = {name: os.environ.get(name) for name in patience}
-    small = {"object_store_memory": 80_000_000, "node_ip_address": "127.0.0.2"}    # loopback too; Ray replaces 127.0.0.1
+    small = {"object_store_memory": 80_000_000, "node_ip_address": "127.0.0.2"}    # Ray replaces 127.0.0.1
+    bare = {"num_cpus": 0, "include_dashboard": False, "no_monitor": True, "include_log_monitor": False}
     os.environ.update(patience)
     others, driver = _below(), sys.modules["ray._private.worker"]
-    loud, driver.print_to_stdstream = driver.print_to_stdstream, lambda *_, **__: None     # pages about the node that dies
+    loud = driver.print_to_stdstream                              # which prints pages about a node that dies
+    driver.print_to_stdstream = lambda *_, **__: None
     try:
         for left in reversed(range(tries)):
             made = Cluster()
             try:
-                made.add_node(num_cpus=0, include_dashboard=False, no_monitor=True, include_log_monitor=False, **small)
+                made.add_node(**bare, **small)
                 workers = [made.add_node(num_cpus=1, **small) for _ in range(nodes)]
                 made.wait_for_nodes(timeout=60)
                 cluster.init(address=made.address, log_to_driver=False, logging_level="ERROR")
@@ -268,6 +271,7 @@ def _ray_result(cluster, ref, tries, number) -> bool:
         tries[number] += 1
         if tries[number] >= Worker.TRIES:
             raise RuntimeError(f"shard {number} failed {Worker.TRIES} times: {batch.explain(cause)}") from error
+        time.sleep(min(2, 0.1 * 2 ** tries[number]))              # a node that has just died is still asked for a while
         return False
 
 

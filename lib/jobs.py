@@ -176,7 +176,8 @@ def _item(path, root, depth) -> dict:
         item["bytes"] = os.stat(path).st_size
     if depth:
         places = [(Path(depth) / name).with_suffix(suffix) for suffix in DEPTHS]
-        item["depth"] = str(next((p.resolve() for p in places if p.exists()), ""))
+        own = os.path.abspath(path)                               # the depth files may lie among the pictures
+        item["depth"] = str(next((p.resolve() for p in places if p.exists() and os.path.abspath(p) != own), ""))
     return item
 
 

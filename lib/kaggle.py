@@ -4,6 +4,7 @@ Elsewhere these functions do what one would expect: a path is a path, any device
 """
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -54,7 +55,8 @@ def _try_cards(found):
     done = subprocess.run([sys.executable, "-c", code, str(len(found))], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"There are {len(found)} GPUs ({found[0].name}), and this torch cannot use them: {last}. {SWITCH_ON}")
+        raise RuntimeError(f"There are {len(found)} GPUs ({found[0].name}), and this torch cannot use them: {last}. "
+                           + SWITCH_ON)
 
 
 # ---------------------------------------------------------------- what is attached
@@ -68,13 +70,15 @@ def attached(name, base=None) -> Path:
     base, path = Path(base or inputs()), Path(name)
     if path.exists():
         return path
-    parts = path.parts
-    places = [base.joinpath(*parts), *sorted(base.glob("/".join(["*", *parts]))), *sorted(base.glob("/".join(["*", "*", *parts])))]
-    if len(parts) > 1 and not path.is_absolute():                 # the older mount does not name the owner
-        places.append(base.joinpath(*parts[1:]))
-    for place in places if not path.is_absolute() else []:
-        if place.exists():
-            return place
+    if not path.is_absolute():
+        parts = path.parts
+        below = [place for stars in ("*", "*/*") for place in sorted(base.glob("/".join([stars, *parts])))]
+        places = [base.joinpath(*parts), *below]
+        if len(parts) > 1:                                        # the older mount does not name the owner
+            places.append(base.joinpath(*parts[1:]))
+        for place in places:
+            if place.exists():
+                return place
     there = sorted({str(p.relative_to(base)) for p in [*base.glob("*"), *base.glob("*/*/*")] if p.is_dir()})[:20]
     raise Refused(f"There is no {name!r} here, nor is it attached under {base}"
                   + (f", which holds: {', '.join(there)}." if there else ", which holds nothing."))
@@ -108,6 +112,7 @@ def add_wheels(base=None) -> list[str]:
         if done.returncode:
             print(f"The attached wheels could not be installed: {done.stderr.strip()[-300:]}")
             return []
+        importlib.invalidate_caches()
     return sorted(wanted)
 
 
@@ -127,13 +132,13 @@ def session_age() -> float:
 
 
 def working_seconds(given: float = 0, limit=SESSION, margin=MARGIN) -> float:
-    """For --max-seconds: what is given; else, on Kaggle, what is left of the session less a margin; elsewhere 0, no limit.
+    """For --max-seconds: what is given; else, on Kaggle, what is left of the session less a margin; elsewhere 0.
 
     Refused when nothing is left."""
     if given or not here():
         return float(given)
     left = limit - margin - session_age()
     if left <= 0:
-        raise Refused(f"This session is {session_age() / 3600:.1f} h old and ends at {limit / 3600:.0f} h: start a new one, "
-                      "attach this one's output, and the job goes on.")
+        raise Refused(f"This session is {session_age() / 3600:.1f} h old and ends at {limit / 3600:.0f} h: start a new "
+                      "one, attach this one's output, and the job goes on.")
     return left

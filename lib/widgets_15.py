@@ -91,13 +91,14 @@ def _operations(side):
 
 
 def budget_view(steps=9, used=0.2, card="T4", side=512, gpus=2, thousands=25):
-    """Left: seconds an image against the number of steps, by part. Right: hours of the job against GPUs. A PIL picture."""
+    """Left: seconds an image against steps, by part. Right: hours of the job against GPUs. A PIL picture."""
     ops, each = _operations(side), np.arange(1, 51)
     if gpus not in range(1, 9) or thousands < 1 or steps not in each:
         raise ValueError("Give 1 to 50 steps, 1 to 8 GPUs, and 1 or more thousand images.")
     rate = CARDS[card] * used
     view, left, right = _axes(9.4, 3.1, "seconds an image against steps; hours against GPUs", 2)
-    parts = [(3 * ops.decode + 2 * ops.encode) / rate + 0 * each, 2 * ops.depth / rate + 0 * each, PASSES_A_STEP * each * ops.unet / rate]
+    once = [3 * ops.decode + 2 * ops.encode, 2 * ops.depth]
+    parts = [*(tera / rate + 0 * each for tera in once), PASSES_A_STEP * each * ops.unet / rate]
     left.stackplot(each, parts, labels=["VAE", "depth", "U-Net"], colors=["#f58518", "#b279a2", "#4c78a8"])
     here = seconds_an_image(ops, PASSES_A_STEP * steps, card, used)
     left.axhline(BUDGET, color="black", linestyle="--", linewidth=1, label=f"{BUDGET} s")
@@ -112,7 +113,7 @@ def budget_view(steps=9, used=0.2, card="T4", side=512, gpus=2, thousands=25):
     session = (kaggle.SESSION - kaggle.MARGIN) / 3600
     for k in range(1, int(min(hours.max() / session, 6)) + 1):
         right.axhline(k * session, color="#555555", linestyle=":", linewidth=1)
-        right.text(8.6, k * session, f"{k} session{'s' * (k > 1)}", fontsize=8, ha="right", va="bottom", color="#555555")
+        right.text(8.6, k * session, _count(k, "session"), fontsize=8, ha="right", va="bottom", color="#555555")
     right.set_xlabel("GPUs")
     right.set_ylabel(f"hours for {thousands},000 images")
     return _pil(view)
@@ -122,10 +123,14 @@ def budget_text(steps=9, used=0.2, card="T4", side=512, gpus=2, thousands=25) ->
     ops = _operations(side)
     here = seconds_an_image(ops, PASSES_A_STEP * steps, card, used)
     hours, fit = thousands * 1000 * here / 3600 / gpus, steps_within(ops, BUDGET, card, used)
-    return (f"{steps} steps are {PASSES_A_STEP * steps} passes and {ops.image(PASSES_A_STEP * steps):.0f} TFLOP an image: "
-            f"{here:.2f} s on a {card} that reaches {used:.0%} of {CARDS[card]:.0f} TFLOP/s "
-            f"({'within' if here <= BUDGET else 'over'} {BUDGET} s, into which {fit} steps fit); {thousands},000 images on "
-            f"{gpus} GPU{'s' * (gpus > 1)}: {hours:.1f} h, {sessions_of(hours)} session{'s' * (sessions_of(hours) > 1)} of 12 h")
+    passes, word = PASSES_A_STEP * steps, "within" if here <= BUDGET else "over"
+    return (f"{_count(steps, 'step')}: {passes} passes, {ops.image(passes):.0f} TFLOP an image. At {used:.0%} of the {card}'s "
+            f"{CARDS[card]:.0f} TFLOP/s: {here:.2f} s, {word} {BUDGET} s (into which {_count(fit, 'step')} would fit). "
+            f"{thousands},000 images on {_count(gpus, 'GPU')}: {hours:.1f} h, {_count(sessions_of(hours), 'session')} of 12 h")
+
+
+def _count(n, thing) -> str:
+    return f"{n} {thing}{'' if n == 1 else 's'}"
 
 
 def budget():
@@ -176,7 +181,8 @@ def hand_out_view(shards=12, second=0.6, plan=PLANS[2]):
     last = max(end for *_, end in done)
     for worker in (0, 1):
         idle = max([end for w, _, end in done if w == worker], default=0.0)
-        axes.barh(worker, last - idle, left=idle, height=0.6, color="#eeeeee", hatch="///", edgecolor="#bbbbbb", linewidth=0)
+        axes.barh(worker, last - idle, left=idle, height=0.6, color="#eeeeee", hatch="///", edgecolor="#bbbbbb",
+                  linewidth=0)
     axes.set_yticks([0, 1], ["GPU 0", f"GPU 1 ({second:.0%} as fast)"])
     axes.set_ylim(1.5, -0.5)
     axes.set_xlim(0, 260)
@@ -188,8 +194,8 @@ def hand_out_text(shards=12, second=0.6, plan=PLANS[2]) -> str:
     work = _work(shards)
     last = max(end for *_, end in hand_out(work, [1.0, second], plan))
     best = sum(_work(1, setup=0.0)) / (1 + second)
-    return (f"{shards} shards of about {240 / shards:.0f} images, {plan}: {last:.0f} s; if nobody ever waited or began a shard: "
-            f"{best:.0f} s ({last / best - 1:.0%} more)")
+    return (f"{shards} shards of about {240 / shards:.0f} images, {plan}: {last:.0f} s, {last / best - 1:.0%} more than the "
+            f"{best:.0f} s without waiting and without beginnings")
 
 
 def shards():
@@ -248,7 +254,7 @@ def make_figures(folder):
         parts, _, ended = two_sessions(base)
         drawn = _pil(lanes(parts, [(ended, "the first session is over")]))
     stills = {"15_sessions": drawn, "15_budget": stack([budget_view(), budget_view(steps=50)]),
-              "15_hand_out": stack([hand_out_view(plan=PLANS[0]), hand_out_view(plan=PLANS[2]), hand_out_view(60, plan=PLANS[2])])}
+              "15_hand_out": stack([hand_out_view(n, plan=plan) for n, plan in ((12, PLANS[0]), (12, PLANS[2]), (60, PLANS[2]))])}
     for name, picture in stills.items():
         data = io.BytesIO()
         picture.quantize(64, dither=Image.Dither.NONE).save(data, "PNG", optimize=True)

@@ -104,7 +104,9 @@ def test_budget_at_min_default_and_max(values, monkeypatch):
     monkeypatch.setattr(w, "_operations", lambda side: OPS)
     picture, text = w.budget_view(**values), w.budget_text(**values)
     assert picture.width > 600 and np.asarray(picture.convert("L")).std() > 5
-    assert re.search(r"\d+ steps are \d+ passes and \d+ TFLOP an image: [\d.]+ s on a \w+", text) and "session" in text
+    assert re.match(r"\d+ steps?: \d+ passes, \d+ TFLOP an image\. At \d+% of the \w+'s \d+ TFLOP/s: [\d.]+ s, (within|over)",
+                    text)
+    assert re.search(r"000 images on \d GPUs?: [\d.]+ h, \d+ sessions? of 12 h$", text)
 
 
 def test_the_budget_s_sums():

@@ -206,3 +206,23 @@ def test_the_sample(tmp_path):
     assert np.abs(got[0].image.astype(int) - got[-1].image).mean() > 10          # the camera does move
     with av.open(str(path)) as container:
         assert container.streams.video[0].codec_context.name == "h264"
+
+
+def test_the_sample_s_exact_depth(tmp_path):
+    """Metres beside each frame, of the very camera that drew it: the table is where the picture has it."""
+    from lib import scenes
+    folder = video.walk_depth(video.extract(setup.data_dir() / "scenes" / "walk.mp4", tmp_path / "f", 2.5))
+    frames = sorted(folder.glob("*.png"))
+    depths = [np.load(path.with_suffix(".npy")) for path in frames]
+    assert len(depths) == 2 and all(scenes.NEAR / 2 < z.min() < z.max() < 2 * scenes.FAR for z in depths)
+    from dataclasses import replace
+
+    from PIL import Image
+    scene = scenes.sample(scenes.EXAMPLE)
+    for path, z, share in zip(frames, depths, (0, 30 / 59)):
+        camera = replace(scene.camera, **video._path(scene.camera, share))       # of `walk`, which drew the film
+        drawn = 255 * scenes.render(replace(scene, camera=camera), z.shape, samples=1).rgb[0].permute(1, 2, 0).numpy()
+        assert np.abs(np.asarray(Image.open(path)) - drawn).mean() < 6           # H.264 and fewer samples, nothing else
+    items, others = jobs.list_inputs(folder, folder)
+    assert others == 0 and all(Path(item["depth"]).suffix == ".npy" for item in items)
+    assert jobs.list_inputs(folder)[1] == 2                       # without --depth they are named as left out
