@@ -118,8 +118,8 @@ class Operations(NamedTuple):
     depth: float
 
     def image(self, passes, encodes=2, decodes=3, depths=2) -> float:
-        """TFLOP of one edited image. The defaults are what `insert_object` with mechanism "inject" calls: two layers are
-        encoded; their composite and the result decoded, for residual decoding; depth before and after."""
+        """TFLOP of one edited image. The defaults are the calls of `insert_object` with mechanism "inject" and of the
+        score, as a test counts them: two encodings, three decodings, depth before and after."""
         return passes * self.unet + encodes * self.encode + decodes * self.decode + depths * self.depth
 
 

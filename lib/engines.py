@@ -212,7 +212,7 @@ def loopback_cluster(nodes=2, tries=3):
     import ray as cluster
     from ray.cluster_utils import Cluster
     patience = {"RAY_gcs_server_request_timeout_seconds": "120", "RAY_health_check_timeout_ms": "60000",
-                "RAY_USAGE_STATS_ENABLED": "0"}
+                "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     held = {name: os.environ.get(name) for name in patience}
     small = {"object_store_memory": 80_000_000, "node_ip_address": "127.0.0.2"}    # Ray replaces 127.0.0.1
     bare = {"num_cpus": 0, "include_dashboard": False, "no_monitor": True, "include_log_monitor": False}
