@@ -193,12 +193,14 @@ class Watch:
     def __init__(self, card: str | None):
         self.card, self.lines = card, []
 
+    EVERY = 0.25
+
     def __enter__(self):
-        self.process = None
+        self.process, self.begin = None, time.time()
         if self.card is not None:
             self.file = tempfile.TemporaryFile("w+")
             query = ["nvidia-smi", "-i", self.card, "--query-gpu=utilization.gpu,memory.used",
-                     "--format=csv,noheader,nounits", "-lms", "250"]
+                     "--format=csv,noheader,nounits", "-lms", str(int(1000 * self.EVERY))]
             with contextlib.suppress(OSError):
                 self.process = subprocess.Popen(query, stdout=self.file, stderr=subprocess.DEVNULL)
         return self
@@ -209,15 +211,19 @@ class Watch:
             self.process.wait()
             self.file.seek(0)
             self.lines = [line.split(",") for line in self.file.read().splitlines() if line.count(",") == 1]
+            self.file.close()
 
-    def words(self) -> str:
-        """Of the middle eight tenths of the time, so that loading the model does not count as idling."""
+    def words(self, rows=()) -> str:
+        """The busy share between the first and the last image of `rows`: loading the model is no idling."""
         if not self.lines:
             return "device busy: not measured (no nvidia-smi)"
-        busy = [float(b) for b, _ in self.lines]
-        middle = busy[len(busy) // 5:] or busy
-        return (f"device busy {np.mean(middle):.0f} % of the time (nvidia-smi), "
-                f"at most {max(float(m) for _, m in self.lines):,.0f} MB on it")
+        busy = [float(share) for share, _ in self.lines]
+        if rows:
+            first = min(row["time"] - row["seconds"].get("infer", 0) for row in rows)
+            last = max(row["time"] for row in rows)
+            busy = busy[int((first - self.begin) / self.EVERY):int((last - self.begin) / self.EVERY) + 1] or busy
+        return (f"device busy {np.mean(busy):.0f} % of the time (nvidia-smi), "
+                f"at most {max(float(used) for _, used in self.lines):,.0f} MB on it")
 
 
 def random_pipeline(folder: Path, like="sd15") -> Path:
@@ -253,7 +259,7 @@ def _edits(folder, count, steps, device, model, say):
         say(f"the real pipeline, {steps} steps, {size} x {size}, {workers} process{'es' * (workers > 1)} on {device}: "
             f"{found['rate']:.3f} images/s, {states['ok']} of {count} ok")
         say(f"            {np.mean(passes):.0f} passes and {each:.3g} TFLOP an image: {each * found['rate']:.3g} TFLOP/s; "
-            f"in inference {found['busy']:.0%} of a worker's time; " + watch.words())
+            f"in inference {found['busy']:.0%} of a worker's time; " + watch.words(found["rows"]))
         say(f"            commits {found['commit']:.2%} of the time ({found['wait']:.2%} waited for)")
         show_memory(found["rows"], say, "real pipeline")
 
