@@ -473,3 +473,137 @@ def _concat(q, k, v, k_src, v_src, m, run):
 
 
 MODES = {"replace": _replace, "query": _query, "concat": _concat}
+
+
+# ---------------------------------------------------------------- rules of one's own, and the relatives' rules
+@contextmanager
+def steer(unet, source, rule, layers="all", window=(0.0, 1.0)):
+    """Let `rule(q, k, v, src, run)` answer for self-attention: `inject` for any rule.
+
+    source: a `Bank` of one picture, or of as many as each U-Net call holds; src: what it holds for this layer at
+        this timestep, {"q": (B, N, C), "k": ..., ...}, in the call's dtype. Record what the rule asks for.
+    rule: gets the call's own q, k, v (B, N, C) and returns the heads' output (B, heads, N, d), as `run` gives it:
+        run(k, v, bias=None, q=q) is plain attention. `masactrl`, `plug_and_play`, `style_aligned` are rules.
+    window: (start, stop) from noise (0) to picture (1); outside it attention is plain.
+    Raises ValueError where the bank lacks a part, timestep or layer, or fits no picture of the call.
+    """
+    chosen, clock = select(unet, layers), Clock()
+    clock.is_active = in_window(window)
+
+    def fit(name, x, k):
+        if len(x) not in (1, len(k)) or x.shape[1:] != k.shape[1:]:
+            raise ValueError(
+                f"{name}: recorded {tuple(x.shape)}, but the generation has {tuple(k.shape)}: record one picture, "
+                "or as many as are generated, at the same size."
+            )
+        return x.to(k).expand_as(k)
+
+    def edit(name, q, k, v, run):
+        if not clock.active:
+            return run(k, v)
+        kept = source.at(clock.t, name)
+        src = {part: fit(name, x, k) for part, x in kept.items() if part in "qkv"}
+        try:
+            return rule(q, k, v, src, run)
+        except KeyError as missing:
+            raise ValueError(
+                f"The rule asks for {missing}, but the bank holds only {sorted(kept)}: record it with what=."
+            ) from None
+
+    with tapped(unet, chosen, edit, clock, "steer"):
+        yield clock
+
+
+def adain(x, reference, eps=1e-5) -> torch.Tensor:
+    """Adaptive instance normalisation: x (B, N, C) with the mean and spread of each channel of `reference`.
+
+    Both are taken over the tokens N, for each picture and channel. Huang and Belongie 2017, eq. 8.
+    """
+    (mean, std), (to_mean, to_std) = (
+        (y.mean(1, keepdim=True), (y.var(1, keepdim=True) + eps).sqrt()) for y in (x, reference)
+    )
+    return (x - mean) / std * to_std + to_mean
+
+
+def masactrl(q, k, v, src, run):
+    """Mutual self-attention (MasaCtrl, Cao et al. 2023): own queries look at the source's keys and values."""
+    return run(src["k"], src["v"])
+
+
+def plug_and_play(q, k, v, src, run):
+    """Plug-and-Play (Tumanyan et al. 2023): the source's queries and keys, that is its weights; own values."""
+    return run(src["k"], v, q=src["q"])
+
+
+def style_aligned(q, k, v, src, run):
+    """StyleAligned (Hertz et al. 2024): AdaIN on queries and keys; the source's tokens join the own ones."""
+    q, k = adain(q, src["q"]), adain(k, src["k"])
+    return run(torch.cat([src["k"], k], 1), torch.cat([src["v"], v], 1), q=q)
+
+
+# ---------------------------------------------------------------- outputs of whole modules (Plug-and-Play's features)
+@contextmanager
+def hooked(unet, names, hook, clock, what):
+    """Forward hooks `hook(name, output)` on modules of the U-Net; removed whatever happens, counted like `tapped`."""
+    names = [names] if isinstance(names, str) else list(names)
+    known = dict(unet.named_modules())
+    for name in names:
+        if name not in known:
+            raise ValueError(f'This U-Net has no module {name!r}; names look like "up_blocks.1.resnets.1".')
+    fired = dict.fromkeys(names, 0)
+
+    def watch(name):
+        def after(module, args, output):
+            fired[name] += 1
+            return hook(name, output)
+
+        return after
+
+    handles = [unet.register_forward_pre_hook(clock, with_kwargs=True)]
+    handles += [known[name].register_forward_hook(watch(name)) for name in names]
+    try:
+        yield
+        for name, count in fired.items():
+            if count != clock.calls:
+                raise RuntimeError(f"{what}: {name} fired {count} times in {clock.calls} U-Net calls.")
+        if not clock.active_calls:
+            raise RuntimeError(f"{what} never applied: {clock.calls} U-Net calls, none of them inside the window.")
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def record_features(unet, names, window=(0.0, 1.0)):
+    """Record the outputs of modules, e.g. "up_blocks.1.resnets.1": a `Bank` with {"out": (B, C, h, w)} per step."""
+    clock, bank = Clock(), Bank([names] if isinstance(names, str) else list(names))
+    clock.is_active = in_window(window)
+
+    def keep(name, output):
+        if clock.active:
+            bank.store[clock.t, name] = {"out": output.detach()}
+            bank.size = clock.shape[-2:]
+
+    with hooked(unet, bank.names, keep, clock, "record_features"):
+        yield bank
+
+
+@contextmanager
+def inject_features(unet, bank, window=(0.0, 1.0)):
+    """Put recorded module outputs in the place of the generation's own, matched by timestep (Plug-and-Play)."""
+    clock = Clock()
+    clock.is_active = in_window(window)
+
+    def put(name, output):
+        if not clock.active:
+            return None
+        kept = bank.at(clock.t, name)["out"]
+        if len(kept) not in (1, len(output)) or kept.shape[1:] != output.shape[1:]:
+            raise ValueError(
+                f"{name}: recorded {tuple(kept.shape)}, but the generation has {tuple(output.shape)}: record one "
+                "picture, or as many as are generated, at the same size."
+            )
+        return kept.to(output).expand_as(output)
+
+    with hooked(unet, bank.names, put, clock, "inject_features"):
+        yield clock
