@@ -247,7 +247,7 @@ def shadow_zone(world, empty):
     return ((change > 0.03) & (world.ids < 0)).float()
 
 
-def poster(scene, world, picture, left=-0.9, right=0.9, low=0.9, high=2.3):
+def poster(scene, world, picture, left=-0.7, right=0.7, low=0.7, high=1.95):
     """Hang a picture (1, 3, h, w) on the back wall: (rgb (1, 3, H, W), mask (1, 1, H, W)); true depth stays the wall's.
 
     Corners in metres. The wall's pixels are found by unprojecting the true depth; things in front keep hiding it.
@@ -271,36 +271,39 @@ def mean_and_interval(values):
     return float(x.mean()), half, len(x)
 
 
-def bars(rows, label, percent=True):
-    """A table with bars: rows = (name, mean, half interval, count), one bar each, the number and the count beside it."""
-    view = show.View(figsize=(8.6, 0.55 + 0.36 * len(rows)), dpi=show.DPI, facecolor="white")
-    axes = view.add_axes((0.19, 0.42 / (0.55 + 0.36 * len(rows)), 0.62, 1 - 0.47 / (0.55 + 0.36 * len(rows))))
+def bars(rows, label):
+    """A table with bars: rows = (name, mean, half interval, count), shares; the number and the count beside each bar."""
+    high = 0.75 + 0.36 * len(rows)
+    view = show.View(figsize=(9.4, high), dpi=show.DPI, facecolor="white")
+    axes = view.add_axes((0.16, 0.62 / high, 0.60, 1 - 0.68 / high))
     names, means, halves, counts = zip(*rows)
     halves = [0 if math.isnan(h) else h for h in halves]
-    places = range(len(rows))
-    axes.barh(places, means, xerr=halves, color="#4c78a8", ecolor="#222222", capsize=3, height=0.66)
+    places, ends = range(len(rows)), [m + s * h for m, h in zip(means, halves) for s in (-1, 1)]
+    axes.barh(places, means, color="#4c78a8", height=0.66)
+    axes.errorbar(means, places, xerr=halves, fmt="none", ecolor="#222222", capsize=3, lw=1.2)
     axes.set_yticks(list(places), names, fontsize=10)
     axes.invert_yaxis()
-    axes.set_xlim(min(0, min(means) * 1.2), 1.04 * max(m + h for m, h in zip(means, halves)))
+    axes.set_xlim(1.04 * min(0, *ends) if min(ends) < 0 else 0, 1.04 * max(0.01, *ends))
     axes.set_xlabel(label, fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     axes.axvline(0, color="black", lw=0.8)
     for y, m, h, n in zip(places, means, halves, counts):
-        text = f"{m:.1%} ± {h:.1%}" if percent else f"{m:.3f} ± {h:.3f}"
-        axes.text(1.02, y, f"{text}   (n = {n})", transform=axes.get_yaxis_transform(), va="center", fontsize=9.5)
-    if percent:
-        axes.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
-    view.alt = f"{label}: " + "; ".join(f"{n} {m:.3f}" for n, m in zip(names, means))
+        text = f"{m:.1%} ± {h:.1%}   (n = {n})" if n > 1 else f"{m:.1%}   (n = 1)"
+        axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9.5)
+    axes.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+    view.alt = f"{label}: " + "; ".join(f"{n} {m:.1%}" for n, m in zip(names, means))
     return view
 
 
 def lines(panels, height=3.2):
-    """Line plots side by side: panels = (title, x label, y label, {name: (xs, ys)}) -> a View."""
-    view = show.View(figsize=(4.4 * len(panels), height), dpi=show.DPI, facecolor="white", layout="constrained")
+    """Line plots side by side: panels = (title, x label, y label, {name: (xs, ys)}) -> a View. One point: a dot."""
+    width = 4.4 * len(panels) if len(panels) > 1 else 7.6
+    view = show.View(figsize=(width, height), dpi=show.DPI, facecolor="white", layout="constrained")
     for k, (title, x_label, y_label, curves) in enumerate(panels, 1):
         axes = view.add_subplot(1, len(panels), k)
         for i, (name, (xs, ys)) in enumerate(curves.items()):
-            axes.plot(xs, ys, lw=1.8, label=name, ls="-" if i == 0 else "--", color=show.ID_COLOURS[i])
+            style = {"marker": "o", "ls": ""} if len(xs) == 1 else {"ls": "-" if i == 0 else "--"}
+            axes.plot(xs, ys, lw=1.8, label=name, color=show.ID_COLOURS[i], **style)
         axes.set_title(title, fontsize=11)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
