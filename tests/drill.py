@@ -151,11 +151,18 @@ def start(words, log, trouble=""):
         return subprocess.Popen(words, env=env, stdout=file, stderr=file, start_new_session=True)
 
 
+def program(process) -> str:
+    return Path((process.cmdline() or [""])[0]).name
+
+
 def kill_one(process, rng) -> str:
     """kill -9 of the parent or of one of its workers; what was hit, or ""."""
     try:
         family = psutil.Process(process.pid)
         crew = family.children()
+        if any(program(child) == "gcs_server" for child in crew):  # Ray: of its many processes, those that matter here
+            crew = [child for child in family.children(recursive=True)
+                    if program(child) == "raylet" or program(child).startswith("ray::ray_shard")]
         target = family if not crew or rng.random() < 0.3 else rng.choice(crew)
         target.send_signal(signal.SIGKILL)
         return "parent" if target.pid == process.pid else "worker"
@@ -175,7 +182,7 @@ def disturb(folder, source, kills, rng, pack, slow, shard_size, log, pause, engi
             process = start(command(folder, source, workers, engine, pack, slow, shard_size), log, trouble)
             seen[f"starts of {engine}"] += 1
             seen[f"disk {trouble}"] += bool(trouble)
-        time.sleep(rng.uniform(*pause))
+        time.sleep(rng.uniform(*pause) + 6 * (engine == "ray"))   # which takes some seconds to come up
         hit = kill_one(process, rng)
         seen[hit] += bool(hit)
         if hit == "parent":
@@ -196,7 +203,7 @@ def drill(images=600, kills=6, folder=None, seed=0, pack="files", slow=0.002, sh
     begin = time.time()
     start(command(clean, source, 2, "local", pack, 0.0, shard_size), base / "clean.log").wait()
     say(f"done in {time.time() - begin:.0f} s; now {kills} kills")
-    begin, engines = time.time(), ["local", "local", "array"] + (["ray"] if has_ray() else [])
+    begin, engines = time.time(), ["local"] * 4 + ["array"] * 2 + (["ray"] if has_ray() else [])
     seen = disturb(disturbed, source, kills, rng, pack, slow, shard_size, base / "job.log", pause, engines)
     for _ in range(3):                                            # orphans may still hold a claim or two
         last = start(command(disturbed, source, 2, "local", pack, slow, shard_size), base / "job.log")

@@ -232,7 +232,7 @@ def session(python, attached, working, parameters):
               "MPLBACKEND": "agg"}
     command = read_only(attached, python)
     return subprocess.run([*command, "-m", "IPython", "--no-banner", "--colors=NoColor", str(script)], cwd=working, env=clean,
-                          capture_output=True, text=True, timeout=280)
+                          capture_output=True, text=True, timeout=400)
 
 
 @pytest.mark.slow

@@ -186,7 +186,7 @@ def test_a_real_batch_from_the_makefile_s_command_line(tmp_path):
              "INPUT", "OUTPUT", "PROCESS", "SHARD", "--paths", "INPUT", "OUTPUT", "--at", str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(REPO), "INPUT": "in", "OUTPUT": "out", "PROCESS": "tint", "SHARD": "2"}
     for _ in range(2):
-        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr
     job = jobs.open_job(tmp_path / "out")
     assert sorted(row["status"] for row in job.rows()) == ["bad_input"] + ["ok"] * 6
