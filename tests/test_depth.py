@@ -340,3 +340,17 @@ def test_unprojected_floor_and_walls_are_planes_and_project_undoes_it():
     assert (f, cx, cy) == (pytest.approx(50), 25, 50)
     with pytest.raises(ValueError, match="angle"):
         D.pinhole((8, 8), 180)
+
+
+def test_metres_of_any_map_that_has_them_or_can_be_aligned():
+    z = ramp()
+    assert torch.allclose(D.metres_from(D.from_metric(z), z), z, atol=1e-5)
+    inner = slice(2, -2)                                   # beyond the 2nd and 98th percentile the map is cut
+    relative = D.from_inverse(37 / z + 4)
+    assert torch.allclose(D.metres_from(relative, z)[..., inner], z[..., inner], rtol=0.03)
+    holed = z.clone()
+    holed[..., :6, :] = 0                                  # a truth with holes
+    assert torch.allclose(D.metres_from(relative, holed)[..., inner], z[..., inner], rtol=0.03)
+    assert D.metres_from(relative, z, farthest=3).max() <= 3.0001
+    with pytest.raises(ValueError, match="any curve"):
+        D.metres_from(D.from_relative(z, near_is="low"), z)
