@@ -83,19 +83,23 @@ def timed_run(job, workers: int, device="cpu", pin=True) -> dict:
 
 # ---------------------------------------------------------------- memory
 
-def memory(rows, early=100) -> list[tuple[float, float, int]]:
-    """For each worker: its peak in MB at its image `early` (or a third, for fewer), at its last image, how many."""
+def memory(rows) -> list[list[tuple[int, float]]]:
+    """For each worker: [(how many images it had done, its peak memory in MB until then), ...], at 100, 1,000 and so on
+    and at its last (for a short run: from a third of it on)."""
     peaks = defaultdict(list)
     for row in rows:
         peaks[row["worker"]].append(row["peak_mb"])
-    return [(p[min(early, max(1, len(p) // 3)) - 1], p[-1], len(p)) for p in peaks.values()]
+    found = []
+    for p in peaks.values():
+        marks = [n for n in (100, 1_000, 10_000, 100_000) if n < len(p)] or [max(1, len(p) // 3)]
+        found.append([(n, p[n - 1]) for n in (*marks, len(p))])
+    return found
 
 
 def show_memory(rows, say, what):
-    for early, late, count in memory(rows):
-        first = min(100, max(1, count // 3))
-        say(f"memory      {what}: {early:.1f} MB at image {first:,}, {late:.1f} MB at image {count:,} of one worker "
-            f"({late / early - 1:+.1%})")
+    for marks in memory(rows):
+        says = ", ".join(f"{used:.1f} MB at image {n:,}" for n, used in marks)
+        say(f"memory      {what}, one worker: {says} ({marks[-1][1] / marks[0][1] - 1:+.1%})")
 
 
 def _long_run(folder, count, say):

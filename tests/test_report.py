@@ -129,4 +129,4 @@ def test_the_bench_in_small():
     assert bench.run(images=24, say=said.append) == 0
     text = "\n".join(said)
     assert re.search(r"two workers +\d+\.\d images/s: +\d+\.\d\d x", text)
-    assert "of a core while two workers run" in text and "of one worker" in text and "commits" in text
+    assert "of a core while two workers run" in text and "one worker: " in text and "commits" in text
