@@ -197,14 +197,73 @@ def soft_edges(image, depth, d, radius=1.0) -> torch.Tensor:
     z = depth.values
     hard = (z < d).float()
     r = max(1, round(radius))
-    slope, jump = _slope_and_jump(z, d, r)
+    slope, jump = slope_and_jump(z, d, r)
     through = (0.5 + (d - z) / slope.clamp(min=1e-5)).clamp(0, 1)
     band = dilate(hard, r) - erode(hard, r)
-    alpha = torch.where(jump, _colour_alpha(image, hard, radius), through)
+    alpha = torch.where(jump, colour_alpha(image, hard, radius), through)
     return torch.where(band > 0, alpha, hard)
 
 
-def _slope_and_jump(z, d, r):
+def thin_parts(mask, radius=1) -> torch.Tensor:
+    """Where a mask (B, 1, H, W) is thinner than about 2 * radius + 1 pixels, grown by one pixel: legs, poles, leaves.
+
+    What an opening (shrink by `radius`, grow again) loses is thin, on both sides of the edge: a gap between two
+    legs is as thin as a leg."""
+    hard = (mask > 0.5).float()
+    lost = hard - dilate(erode(hard, radius), radius).minimum(hard)
+    gaps = erode(dilate(hard, radius), radius).maximum(hard) - hard
+    return dilate((lost + gaps > 0).float(), 1)
+
+
+def refine_thin(image, depth, d, radius=1.0) -> torch.Tensor:
+    """`soft_edges`, with closed-form matting where the foreground is thin and depth jumps: alpha (B, 1, H, W).
+
+    A part one or two pixels wide has no inside, so the mean colour "well inside" that soft_edges wants is not
+    there. Matting needs none: it asks only that colours lie on a line in every 3 x 3 window.
+    """
+    soft = soft_edges(image, depth, d, radius)
+    z = fill_holes(as_depth_map(depth)).values
+    hard, r = (z < d).float(), max(1, round(radius))
+    jump = slope_and_jump(z, d, r)[1]
+    band = (dilate(hard, r) - erode(hard, r)) * (dilate(thin_parts(hard), r - 1) * jump)
+    return torch.where(band > 0, matte(image, soft, band), soft)
+
+
+def matte(image, alpha, unknown, eps=1e-5) -> torch.Tensor:
+    """Closed-form matting (Levin, Lischinski and Weiss 2008): alpha (B, 1, H, W) in the unknown pixels.
+
+    alpha is kept where unknown (B, 1, H, W) is 0. In a 3 x 3 window the alphas should be a linear function of the
+    colours; how far they are not, summed over all windows, is alpha^T L alpha, and its smallest value is one
+    sparse linear system. Wants pixels of both kinds, known, beside the unknown ones.
+    """
+    from scipy.sparse.linalg import spsolve
+    out = alpha.clone()
+    for picture, a, free in zip(image, out[:, 0], unknown[:, 0] > 0):
+        if free.any():
+            i, j = free.flatten().numpy(), (~free).flatten().numpy()
+            laplacian = _matting_laplacian(picture, free, eps)
+            right = -laplacian[i][:, j] @ a.flatten()[torch.from_numpy(j)].double().numpy()
+            solved = np.atleast_1d(spsolve(laplacian[i][:, i].tocsc(), right))
+            a[free] = torch.from_numpy(solved).to(a).clamp(0, 1)
+    return out
+
+
+def _matting_laplacian(picture, free, eps):
+    """L (H W, H W) of the windows that hold a free pixel; equations 12 and 13 of the paper."""
+    from scipy.sparse import coo_matrix, eye
+    colours = picture.detach().cpu().permute(1, 2, 0).double().numpy()
+    h, w = colours.shape[:2]
+    places = np.lib.stride_tricks.sliding_window_view(np.arange(h * w).reshape(h, w), (3, 3)).reshape(-1, 9)
+    places = places[free.flatten().numpy()[places].any(1)]
+    i = colours.reshape(-1, 3)[places]
+    i = i - i.mean(1, keepdims=True)
+    covariance = (np.einsum("kni,knj->kij", i, i) + eps * np.eye(3)) / 9
+    each = np.eye(9) - (1 + np.einsum("kni,kij,kmj->knm", i, np.linalg.inv(covariance), i)) / 9
+    pairs = np.repeat(places, 9, 1).ravel(), np.tile(places, (1, 9)).ravel()
+    return coo_matrix((each.ravel(), pairs), (h * w, h * w)).tocsr() + 1e-7 * eye(h * w, format="csr")
+
+
+def slope_and_jump(z, d, r):
     """How much depth changes per pixel along a surface (B, 1, H, W), and where it jumps across d instead.
 
     A jump, even one that a model has blurred over r pixels, is a range much larger than the smallest slope
@@ -223,26 +282,63 @@ def _highest(x, r):
     return F.max_pool2d(F.pad(x, (r, r, r, r), mode="replicate"), 2 * r + 1, 1)
 
 
-def _colour_alpha(image, hard, radius, tau=0.05, off_line=5.0):
+def colour_alpha(image, hard, radius, tau=0.05, off_line=5.0) -> torch.Tensor:
+    """Alpha (B, 1, H, W) by colour alone: (I - B).(F - B) / |F - B|^2, trusted as far as F and B tell apart.
+
+    F and B: mean colours of both sides of the hard mask, in a window of about `radius` pixels. tau: squared
+    distance of F and B at which half is trusted; off_line: how much a colour off their line takes away.
+    """
     # Pixels at the very edge are mixed, so they hardly count for F and B (but do where nothing else is near).
     wf, wb = (erode(m, 1) + 0.01 * m for m in (hard, 1 - hard))
     sigma = max(0.7, radius / 2)
-    f, b = (_blur(w * image, sigma) / _blur(w, sigma).clamp(min=1e-6) for w in (wf, wb))
+    f, b = (blur(w * image, sigma) / blur(w, sigma).clamp(min=1e-6) for w in (wf, wb))
     line = f - b
     length2 = (line * line).sum(1, keepdim=True)
     alpha = (((image - b) * line).sum(1, keepdim=True) / length2.clamp(min=1e-6)).clamp(0, 1)
     miss = ((image - b - alpha * line) ** 2).sum(1, keepdim=True)
     trust = length2 / (length2 + tau + off_line * miss)
-    return trust * alpha + (1 - trust) * _blur(hard, 0.5)
+    return trust * alpha + (1 - trust) * blur(hard, 0.5)
 
 
-def _blur(x, sigma):
+def blur(x, sigma) -> torch.Tensor:
+    """Gaussian blur of (B, C, H, W); sigma in pixels."""
     r = max(1, int(3 * sigma + 0.5))
     k = torch.exp(-torch.arange(-r, r + 1, dtype=x.dtype, device=x.device) ** 2 / (2 * sigma * sigma))
     k, c = k / k.sum(), x.shape[1]
     x = F.pad(x, (r, r, r, r), mode="replicate" if min(x.shape[-2:]) > r else "constant")
     x = F.conv2d(x, k.view(1, 1, 1, -1).expand(c, 1, 1, -1), groups=c)
     return F.conv2d(x, k.view(1, 1, -1, 1).expand(c, 1, -1, 1), groups=c)
+
+
+# --- a depth map gone wrong ---------------------------------------------------------------------------------
+
+SPOILS = ("shift", "scale", "blur", "noise")
+
+
+def spoil(depth, kind, amount, generator=None) -> DepthMap:
+    """The same DepthMap with one error of a known size, so that its effect can be measured (lesson 07).
+
+    "shift"  everything farther by `amount` (in units of the scale 0..1; negative: nearer)
+    "scale"  distances from the camera's near end times 1 + amount
+    "blur"   Gaussian, sigma = amount pixels: depth runs smoothly from a thing to the wall behind it
+    "noise"  normal, standard deviation = amount, smooth over about two pixels, as a model's errors are
+    """
+    depth = as_depth_map(depth)
+    z = depth.values
+    if kind not in SPOILS:
+        raise ValueError(f"Unknown error {kind!r}; choose one of {', '.join(SPOILS)}.")
+    if kind in ("blur", "noise") and amount < 0:
+        raise ValueError(f"the size of {kind} must be 0 or more; got {amount}.")
+    if kind == "shift":
+        z = z + amount
+    elif kind == "scale":
+        z = z * (1 + amount)
+    elif kind == "blur" and amount > 0:
+        z = blur(z, amount)
+    elif kind == "noise":
+        drawn = blur(torch.randn(z.shape, generator=generator or torch.Generator().manual_seed(0)), 1.0)
+        z = z + amount * (drawn / drawn.std()).to(z)
+    return replace(depth, values=z.clamp(0, 1), source=f"{depth.source} with {kind} {amount:g}".strip())
 
 
 # --- choosing d -------------------------------------------------------------------------------------------

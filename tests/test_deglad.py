@@ -118,7 +118,7 @@ def test_soft_edges_halve_the_error_against_the_true_coverage(rooms):
     soft = deglad.split(image, z, ats, soft=1).mask
     band = (F.max_pool2d(true, 3, 1, 1) > 0) & (F.max_pool2d(1 - true, 3, 1, 1) > 0)
     rmse = lambda a: float(((a - true)[band] ** 2).mean().sqrt())
-    blurred = deglad._blur(hard, 0.5)
+    blurred = deglad.blur(hard, 0.5)
     print(f"alpha RMSE at edges: hard {rmse(hard):.3f}, blurred {rmse(blurred):.3f}, soft {rmse(soft):.3f}")
     assert rmse(soft) < 0.6 * rmse(hard) and rmse(soft) < 0.8 * rmse(blurred)
 
@@ -329,3 +329,76 @@ def test_errors_of_many_layers_and_suggestions(ramp):
         deglad.depth_at(z, 40, 2)
     with pytest.raises(ValueError, match="no layers"):
         deglad.recompose([])
+
+
+# --- thin parts, and depth gone wrong -----------------------------------------------------------------------
+
+def test_closed_form_matting_solves_a_known_mixture():
+    """Two flat colours mixed by a known alpha: the only unknown is alpha, and the linear model is exact."""
+    true = torch.linspace(-0.5, 1.5, 40).clamp(0, 1).expand(1, 1, 24, 40).clone()
+    a, b = (torch.tensor(c).view(1, 3, 1, 1) for c in ((0.9, 0.2, 0.1), (0.1, 0.3, 0.8)))
+    image = true * a + (1 - true) * b
+    unknown = ((true > 0) & (true < 1)).float()
+    start = torch.where(unknown > 0, torch.full_like(true, 0.5), true)
+    found = deglad.matte(image, start, unknown)
+    assert (found - true).abs().max() < 0.01 and torch.equal(found[unknown == 0], true[unknown == 0])
+    assert torch.equal(deglad.matte(image, start, torch.zeros_like(unknown)), start)
+
+
+def test_matting_laplacian_is_levins():
+    """Against the formula written out window by window: rows sum to 0, symmetric, positive semidefinite."""
+    picture, eps = torch.rand(3, 5, 6, generator=gen()), 1e-4
+    mine = deglad._matting_laplacian(picture, torch.ones(5, 6, dtype=torch.bool), eps).toarray()
+    want, colours = np.zeros((30, 30)), picture.double().permute(1, 2, 0).numpy().reshape(-1, 3)
+    for top in range(3):
+        for left in range(4):
+            at = [(top + i) * 6 + left + j for i in range(3) for j in range(3)]
+            mean, cov = colours[at].mean(0), np.cov(colours[at].T, bias=True)
+            inverse = np.linalg.inv(cov + eps / 9 * np.eye(3))
+            for p in at:
+                for q in at:
+                    want[p, q] += (p == q) - (1 + (colours[p] - mean) @ inverse @ (colours[q] - mean)) / 9
+    assert np.allclose(mine, want, atol=1e-6) and np.allclose(mine.sum(1), 0, atol=1e-5)
+    assert np.linalg.eigvalsh(mine).min() > -1e-8
+
+
+def test_thin_parts_are_found_and_thick_ones_are_not():
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 4:14, 4:14] = 1                                              # thick
+    mask[..., 2:30, 22] = 1                                                # a pole
+    thin = deglad.thin_parts(mask)
+    assert thin[0, 0, 5:27, 22].all() and not thin[0, 0, 7:11, 7:11].any() and not thin[0, 0, 20:, :18].any()
+
+
+def test_refine_thin_changes_only_thin_jumps_and_helps_there(rooms):
+    image, z, ats, true = rooms
+    d = ats.view(-1, 1, 1, 1)
+    soft, fine = deglad.soft_edges(image, z, d, 1), deglad.refine_thin(image, z, d, 1)
+    changed, thin = soft != fine, deglad.thin_parts(deglad.nearer(z, d))
+    assert changed.any() and not (changed & (thin == 0)).any()
+    error = lambda a: float(((a - true)[changed] ** 2).mean())
+    assert error(fine) < error(soft) and 0 <= fine.min() and fine.max() <= 1
+
+
+@pytest.mark.parametrize("kind, amount", [("shift", 0.1), ("shift", -0.1), ("scale", 0.2), ("blur", 2.0), ("noise", 0.05)])
+def test_spoilt_depth_is_off_by_what_was_asked(rooms, kind, amount):
+    z = rooms[1]
+    wrong = deglad.spoil(z, kind, amount, gen(1))
+    error = wrong.values - z.values
+    assert wrong.kind == z.kind and wrong.near == z.near and wrong.values.min() >= 0 and wrong.values.max() <= 1
+    inside = (wrong.values > 0) & (wrong.values < 1)
+    if kind == "shift":
+        assert torch.allclose(error[inside], torch.tensor(amount), atol=1e-6)
+    if kind == "scale":
+        assert torch.allclose(wrong.values[inside], 1.2 * z.values[inside], atol=1e-6)
+    if kind == "noise":
+        assert abs(float(error.std()) - amount) < 0.005 and abs(float(error.mean())) < 0.005
+        assert torch.equal(wrong.values, deglad.spoil(z, kind, amount, gen(1)).values)
+    assert torch.equal(deglad.spoil(z, kind, 0.0).values, z.values)
+
+
+def test_spoil_says_what_it_knows(ramp):
+    with pytest.raises(ValueError, match="choose one of shift, scale, blur, noise"):
+        deglad.spoil(ramp[1], "twist", 1)
+    with pytest.raises(ValueError, match="must be 0 or more"):
+        deglad.spoil(ramp[1], "blur", -1)
