@@ -156,7 +156,7 @@ def test_scores_by_formula_and_what_they_see(room):
 
 
 def test_ramps_and_random_models_through_every_adapter(room):
-    space = run_cells("adapters-raw", "adapters-run", "adapters-table", "adapters-zoe", "adapters-models", image=room[1].rgb)
+    space = run_cells("adapters-raw", "adapters-run", "adapters-table", "adapters-docs", "adapters-zoe", "adapters-models", image=room[1].rgb)
     ramp = space["ramp"]
     for name, found in space["through"].items():
         assert depth.ordinal_error(found.values, ramp) < 0.01, name
@@ -168,7 +168,7 @@ def test_ramps_and_random_models_through_every_adapter(room):
 
 def test_one_threshold_means_other_metres_in_every_picture(room):
     worlds = scenes.render([scenes.sample(20002000 + k) for k in range(4)], size=64)
-    space = run_cells("bits-pair", "bits-table", "bits-steps", scene=room[0], worlds=worlds, FIRST=20002000)
+    space = run_cells("bits-pipeline", "bits-pair", "bits-table", "bits-steps", image=room[1].rgb, scene=room[0], worlds=worlds, FIRST=20002000)
     stretched, fixed = space["stretched"], space["fixed"]
     ids = scenes.render(space["crowded"], size=64).ids
     same = (ids != len(room[0].things))                                        # all that the new ball does not cover
