@@ -15,6 +15,7 @@ import base64
 import contextlib
 import html
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lib import deglad, depth, featglac, models, scenes, setup, show
+from lib import deglad, depth, featglac, light, models, scenes, setup, show
 
 WORK_SIDE = 1536       # masks of larger pictures are made at this size and enlarged; the pictures are not
 VIEW = 0.82            # focal length / picture width where the file does not say: about a phone's view
@@ -524,15 +525,32 @@ def with_model(shot: Shot, pipe, prompt="", mechanism="inject", generator=None, 
     layer = torch.cat([(premultiplied[:, :3] / alpha.clamp_min(1e-4)).clamp(0, 1) * (alpha > 0), alpha], 1)
     background, hidden_by = to_model(shot.photo.image).clamp(0, 1), to_model(shot.hidden_by).clamp(0, 1)
     device = pipe.unet.device
-    options = dict(generator=generator, inpaint_pipe=inpaint_pipe, **settings)
+    options = dict(generator=generator, inpaint_pipe=inpaint_pipe, space=_space(shot, box, size, layer), **settings)
     if painted:
         layer = featglac._object_from_prompt(pipe, background.to(device), hidden_by.to(device), alpha.to(device),
-                                             prompt, options)[0].cpu()
+                                             prompt, {k: v for k, v in options.items() if k != "space"})[0].cpu()
     edit = featglac.compose_layers(pipe, background.to(device), layer.to(device), hidden_by.to(device), prompt,
                                    mechanism, **options)
     start = _paint_in(shot, layer, box) if painted else shot.paste
     return replace(shot, paste=start, result=_bring_back(start, edit, shot, box),
                    facts=shot.facts | {"model": _model_facts(edit, pipe, size, (top, left, side))})
+
+
+def _space(shot, box, size, layer) -> light.Space | None:
+    """The window in metres, for the shadow that the depth map casts; None where the depth has no metres."""
+    photo, place = shot.photo, shot.place
+    if photo.depth.kind != "metric" or place.metres is None:
+        return None
+    h, w = photo.image.shape[-2:]
+    rows, columns = box[1], box[2]
+    side = rows.stop - rows.start
+    metres = depth.fill_holes(photo.depth).metres()
+    metres = F.interpolate(F.interpolate(metres, (h, w), mode="nearest-exact")[box], (size, size), mode="nearest-exact")
+    fov = math.degrees(2 * math.atan(side / 2 / (photo.focal * w)))
+    centre = ((w / 2 - columns.start) / side, (h / 2 - rows.start) / side)
+    picture = _resize(photo.image[box], (size, size)).clamp(0, 1)
+    return light.Space(picture, metres, metres, torch.full_like(metres, place.metres), layer[:, 3:], fov, centre,
+                       colour=layer[:, :3])
 
 
 def _paint_in(shot, layer, box):

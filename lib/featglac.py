@@ -24,7 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import attention, deglad, diffusion, inpaint, latents
+from . import attention, deglad, diffusion, inpaint, latents, light
+from .depth import fill_holes
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Settings:
     hole: what a 9-channel inpainting U-Net is to paint: the whole "ring", or only "around" the object.
     decode: "residual" (composite + D(z) - D(E(composite))), "plain" (D(z)), "blend" (by size of the change),
         "relight" (composite x the smoothed ratio D(z) / D(E(composite)): see `relight`, `smooth`, `quiet`).
+    cast, faint, shade, own, fov: of "relight", where the depth is in metres: shares of what the depth map says and of
+        what the model says, about shadows around the object (cast, faint) and light on it (shade, own); see
+        `lib.light`. cast = shade = 0, faint = own = 1 leaves it to the model alone. fov: the camera's vertical field
+        of view, degrees.
     restore: "occluder" puts back what is in front of the object, "outside" all outside the ring too, "none".
     fill, soft: of `compose`: how the hole behind B's foreground is filled (`lib.inpaint.fill`), and the half
         width in pixels of the cut's soft edge (`deglad.split`).
@@ -88,6 +93,11 @@ class Settings:
     decode: str = "relight"
     smooth: float = 0.03
     quiet: float = 0.0
+    cast: float = 0.9
+    faint: float = 0.3
+    shade: float = 0.6
+    own: float = 0.6
+    fov: float = 50.0
     restore: str = "occluder"
     fill: object = "telea"
     soft: float = 0.0
@@ -106,7 +116,7 @@ CHOICES = {
     "hole": ("ring", "around"),
     "mode": tuple(attention.MODES),
 }
-UNIT = ("noise_level", "strength", "keep", "free", "anchor", "paste_at")
+UNIT = ("noise_level", "strength", "keep", "free", "anchor", "paste_at", "cast", "faint", "shade", "own")
 
 
 @dataclass
@@ -115,7 +125,7 @@ class Edit:
     with background, foreground (RGBA), occluder, object (visible alpha), ring (where the edit may act); z:
     the final latent (None for pixel baselines); passes: U-Net passes per sample, a backward counts 2;
     seconds; peak_memory: bytes on the GPU, or of the process; bank_bytes: recorded features; settings: a
-    dict."""
+    dict; light: where the light was found to come from (`light.Light`), or None."""
 
     image: torch.Tensor
     composite: torch.Tensor
@@ -128,6 +138,7 @@ class Edit:
     bank_bytes: int
     mechanism: str
     settings: dict
+    light: object = None
 
 
 @dataclass
@@ -142,6 +153,8 @@ class _Job:
     set: Settings
     generator: object = None
     inpaint_pipe: object = None
+    space: object = None
+    light: object = None
     bank_bytes: int = 0
     cache: dict = field(default_factory=dict)
 
@@ -289,6 +302,7 @@ def compose_layers(
     generator=None,
     inpaint_pipe=None,
     settings=None,
+    space=None,
     **options,
 ) -> Edit:
     """Put a layer into a picture, between what is nearer than it and what is farther.
@@ -298,6 +312,8 @@ def compose_layers(
     too). prompt: describes the finished picture. mechanism: one of `MECHANISMS`. settings: a `Settings`;
     options: single fields of it.
     inpaint_pipe: the 9-channel pipeline for mechanism "inpaint" (else `pipe` fills in by blended latents).
+    space: a `light.Space`, for a shadow cast by the depth map; `insert_object` and `compose` make it where the depth
+    is metric.
     Raises ValueError for wrong shapes, ranges, names, an empty layer, or an object that is wholly hidden.
     """
     if mechanism not in MECHANISMS:
@@ -313,6 +329,7 @@ def compose_layers(
         chosen,
         generator,
         inpaint_pipe,
+        space,
     )
     device = pipe.unet.device
     if device.type == "cuda":
@@ -347,6 +364,7 @@ def compose_layers(
         job.bank_bytes,
         mechanism,
         asdict(job.set),
+        job.light,
     )
 
 
@@ -370,6 +388,10 @@ def insert_object(pipe, image, depth, cutout, prompt, at, mechanism="inject", wh
         cutout, extra = _object_from_prompt(pipe, image, occluder, where, prompt, options)
         if mechanism == "inpaint":  # it was just made; only the occluder is left to put back
             mechanism = "alpha"
+    if depth.kind == "metric":
+        metres = _metres(depth)
+        caster = torch.full_like(metres, float(depth.near + depth.at(at) * (depth.far - depth.near)))
+        options = {"space": light.Space(image.float().cpu(), metres, metres, caster, cutout[:, 3:].float().cpu(), _fov(options), colour=cutout[:, :3].float().cpu()), **options}
     edit = compose_layers(pipe, image, cutout, occluder, prompt, mechanism, **options)
     edit.passes += extra
     return edit
@@ -398,9 +420,33 @@ def compose(
         filler = chosen.fill if hasattr(chosen.fill, "unet") else None
         counted = stack.enter_context(diffusion.count_passes(filler.unet)) if filler else None
         behind = deglad.split(image_b, depth_b, at, allow_empty=True, fill=chosen.fill, **extra).background
+    if depth_a.kind == depth_b.kind == "metric":
+        options = {"space": _joint_space(front, image_a, depth_a, image_b, depth_b, chosen.fov), **options}
     edit = compose_layers(pipe, behind, front.foreground, None, prompt, mechanism, **options)
     edit.passes += counted.total if counted else 0
     return edit
+
+
+def _joint_space(front, image_a, depth_a, image_b, depth_b, fov):
+    """A's layer throws shadows on itself and on what B shows beside it, in B's light; those it threw before go."""
+    a, b, near = _metres(depth_a), _metres(depth_b), front.foreground[:, 3:].float().cpu()
+    both = torch.where(near > 0.5, a, b)
+    box = dict(fov=fov, thickness=light.THING, enclosed=True)
+    own = light.Space(image_a.float().cpu(), a, a, a, torch.ones_like(a), **box)
+    before = light.find(own)
+    return light.Space(
+        image_b.float().cpu(), b, both, both, near, already=light.shown(own, before) * near,
+        shape=light.normals(light.points(a, fov)), before=before, **box,
+    )
+
+
+def _metres(depth):
+    """Metres without holes."""
+    return fill_holes(depth).metres().float().cpu()
+
+
+def _fov(options):
+    return getattr(options.get("settings"), "fov", options.get("fov", Settings.fov))
 
 
 NAMES = {f.name for f in fields(Settings)}
@@ -501,28 +547,58 @@ def _decode(job, z) -> torch.Tensor:
     if job.set.decode == "residual":
         return residual
     if job.set.decode == "relight":
-        return relight(target, after, before, job.visible, job.set.smooth, job.set.quiet)
+        geometry = _geometry(job, after, before).to(target) if job.space and job.set.cast + job.set.shade else None
+        shares = (1.0, 1.0) if geometry is None else (job.set.faint, job.set.own)
+        return relight(target, after, before, job.visible, job.set.smooth, job.set.quiet, geometry, *shares)
     change = F.avg_pool2d((after - before).abs().mean(1, keepdim=True), 9, 1, 4, count_include_pad=False)
     weight = ((change - 0.04) / 0.12).clamp(0, 1)  # below 4 % change residual, above 16 % plain decoding
     return over(after.clamp(0, 1), weight, residual)
 
 
-def relight(picture, after, before, mask, smooth=0.02, quiet=0.0) -> torch.Tensor:
+def _log_ratio(after, before):
+    return ((after.clamp(min=0) + 0.05) / (before.clamp(min=0) + 0.05)).log()
+
+
+def _geometry(job, after, before):
+    """What the depth map does to the light that the picture and the model's edit speak of (log factor)."""
+    around = _without_rim(1 - (job.visible >= 0.5).float()) * (job.ring > 0)
+    change = _log_ratio(after, before).clamp(-2, 2).mean(1, keepdim=True)
+    job.light = light.find(job.space, change.float().cpu(), around.float().cpu())
+    return light.change(job.space, job.light, job.set.cast, job.set.shade)
+
+
+def relight(picture, after, before, mask, smooth=0.02, quiet=0.0, geometry=None, faint=1.0, own=1.0) -> torch.Tensor:
     """picture x after / before, the ratio smoothed inside and outside the mask apart: only the light changes.
 
     Light multiplies, and a shadow on a chequered floor leaves the chequers: a ratio keeps the picture's own
-    detail, where a difference of two blurred decodings cannot. Outside the mask it only darkens, by one factor for
+    detail, where a difference of two blurred decodings cannot. Inside the mask the ratio follows the edges of the
+    picture (`guided`): light changes where a face of the object ends. Outside it only darkens, by one factor for
     all three channels: a thing that is put into a room takes light from its surroundings, (mirrors apart) gives
     none, and a shadow has hardly a colour of its own.
     smooth: sigma of the blur, as a part of the smaller side. quiet: how much darker (log ratio) around the object
-    counts as nothing: a small model's doubts are many and faint, a shadow is one and plain.
+    counts as nothing: a small model's doubts are many and faint, a shadow is one and plain. geometry (1, 1, H, W): a
+    log factor on top (`light.change`); faint, own: shares of the model's own change outside and inside the mask.
     """
-    ratio = ((after.clamp(min=0) + 0.05) / (before.clamp(min=0) + 0.05)).log().clamp(-2, 2)
+    ratio = _log_ratio(after, before)
     inside = (mask >= 0.5).to(picture)
-    grey = ratio.mean(1, keepdim=True).expand_as(ratio)
-    around = (_blur_under(grey, _without_rim(1 - inside), smooth) + quiet).clamp(max=0)
-    light = over(_blur_under(ratio, _without_rim(inside), smooth), inside, around)
-    return (picture * light.exp()).clamp(0, 1)
+    grey = ratio.mean(1, keepdim=True).clamp(-2, 2)
+    around = faint * (_blur_under(grey, _without_rim(1 - inside), smooth) + quiet).clamp(max=0)
+    inner = own * guided(ratio.clamp(-0.8, 0.8), picture, _without_rim(inside))
+    change = over(inner, inside, around) + (0.0 if geometry is None else geometry)
+    return (picture * change.exp()).clamp(0, 1)
+
+
+def guided(change, picture, mask, smooth=0.05, least=0.003) -> torch.Tensor:
+    """Smooth `change` under a mask along the edges of a picture (guided filter, He et al. 2010).
+
+    Around each pixel the change is taken to be linear in the picture's log brightness: blurred cells of a small
+    latent grid get the sharp faces of the thing back. least: variance of log brightness that counts as an edge.
+    """
+    brightness = (picture.mean(1, keepdim=True) + 0.05).log()
+    blur = lambda x: _blur_under(x, mask, smooth)
+    mean, mean_change = blur(brightness), blur(change)
+    slope = (blur(brightness * change) - mean * mean_change) / (blur(brightness**2) - mean**2 + least)
+    return blur(slope) * brightness + blur(mean_change - slope * mean)
 
 
 def _without_rim(mask):
@@ -804,6 +880,18 @@ def _alpha(job):
     return job.composite.clone(), None
 
 
+def _geometry_alone(job):
+    """No model at all: the depth map's shadows and shading on the depth-aware paste, in the light that the picture
+    itself speaks of (`lib.light`). What a diffusion model adds is measured against this."""
+    if job.space is None:
+        raise ValueError(
+            'Mechanism "geometry" needs depth in metres (and compose_layers a `space`); use a metric depth map.'
+        )
+    job.light = light.find(job.space)
+    change = light.change(job.space, job.light, job.set.cast, job.set.shade).to(job.composite)
+    return (job.composite * change.exp()).clamp(0, 1), None
+
+
 def _poisson(job):
     """Poisson blending (Perez et al. 2003) of the visible part of the object."""
     return poisson(job.background, job.foreground, job.occluder), None
@@ -914,6 +1002,7 @@ MECHANISMS = {
     "guide": _guide,
     "paste2d": _paste2d,
     "alpha": _alpha,
+    "geometry": _geometry_alone,
     "poisson": _poisson,
     "blended-latent": _blended_latent,
     "latent-paste": _latent_paste,

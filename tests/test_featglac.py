@@ -4,7 +4,7 @@ errors."""
 import pytest
 import torch
 
-from lib import attention, deglad, diffusion, featglac, latents
+from lib import attention, deglad, diffusion, featglac, latents, light
 from lib.depth import DepthMap
 
 STEPS = 5
@@ -37,6 +37,11 @@ BASE = {
 
 
 def edit(pipe, scene, mechanism="inject", **options):
+    if mechanism == "geometry":  # needs metres: a floor that leads away, the object three metres from the camera
+        metres = torch.linspace(9, 1, 128).view(1, 1, 128, 1).expand(1, 1, 128, 128)
+        options["space"] = light.Space(
+            scene[0], metres, metres, torch.full_like(metres, 3.0), scene[1][:, 3:], colour=scene[1][:, :3]
+        )
     return featglac.compose_layers(
         pipe, *scene, "a red box", mechanism, **{**BASE, "generator": gen(), **options}
     )
