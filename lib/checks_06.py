@@ -14,7 +14,8 @@ def inverse_to_depth(inverse, low, high):
 
 
 def _inverse_cases(g):
-    return [(0.1 + torch.rand(1, 1, 6, 8, generator=g), 0.2, 0.9), (3 + 40 * torch.rand(2, 1, 5, 5, generator=g), 6.0, 35.0)]
+    return [(0.1 + torch.rand(1, 1, 6, 8, generator=g), 0.2, 0.9),
+            (3 + 40 * torch.rand(2, 1, 5, 5, generator=g), 6.0, 35.0)]
 
 
 register(Check(
@@ -26,18 +27,19 @@ register(Check(
            "1 - (inverse - low) / (high - low), held in [0, 1] by .clamp(0, 1)."],
     wrongs=[
         Wrong("near is high", lambda i, low, high: ((i - low) / (high - low)).clamp(0, 1),
-              "the sign trap: your result is 1 where it is NEAR. Inverse depth is high for what is near, and the course's "
-              "depth must be 0 there: take 1 minus it."),
+              "the sign trap: your result is 1 where it is NEAR. Inverse depth is high for what is near, "
+              "and the course's depth must be 0 there: take 1 minus it."),
         Wrong("near is high, not clamped", lambda i, low, high: (i - low) / (high - low),
               "the sign trap: your result is 1 where it is NEAR; and it leaves [0, 1] beyond low and high."),
         Wrong("not clamped", lambda i, low, high: 1 - (i - low) / (high - low),
-              "the line is right, but pixels beyond `low` and `high` (percentiles, so there are some) leave [0, 1]: clamp."),
+              "the line is right, but pixels beyond `low` and `high` (percentiles, so there are some) leave"
+              " [0, 1]: clamp."),
         Wrong("own extremes", lambda i, low, high: 1 - (i - i.min()) / (i.max() - i.min()),
-              "you stretch between the map's own smallest and largest value, so that one stray pixel moves all others: use "
-              "`low` and `high`."),
+              "you stretch between the map's own smallest and largest value, so that one stray pixel moves "
+              "all others: use `low` and `high`."),
         Wrong("reciprocal", lambda i, low, high: ((1 / i - 1 / high) / (1 / low - 1 / high)).clamp(0, 1),
-              "you take 1 / inverse as if it were metres. A relative model's inverse depth has an unknown shift, so its "
-              "reciprocal is no depth: stay in inverse depth and turn the sign."),
+              "you take 1 / inverse as if it were metres. A relative model's inverse depth has an unknown "
+              "shift, so its reciprocal is no depth: stay in inverse depth and turn the sign."),
         Wrong("negated", lambda i, low, high: -i,
               "the order is right now, but the range is not: bring it to [0, 1] with `low` and `high`."),
     ]))
@@ -87,28 +89,34 @@ register(Check(
     name="fit_scale_shift", reference=fit_scale_shift, cases=_fit_cases, tolerance=1e-3,
     source="lib.checks_06:fit_scale_shift lib.depth:align_scale_shift",
     praise="Right: two numbers for each picture, from measured pixels alone.",
-    hints=["The best line through points (prediction, target): slope = covariance / variance, and it passes through both means.",
+    hints=["The best line through points (prediction, target): slope = covariance / variance, and it passes "
+           "through both means.",
            "Every mean runs over valid pixels: (x * valid).sum((1, 2, 3)) / valid.sum((1, 2, 3)).",
            "s = (mean(p y) - mean(p) mean(y)) / (mean(p p) - mean(p)^2), then t = mean(y) - s mean(p)."],
     wrongs=[
         Wrong("holes count", lambda p, y, w: _normal(p, y, torch.ones_like(w)),
-              "you align on invalid pixels too: a hole reads 0 and says nothing about depth, yet it pulls at your line. Every "
-              "sum needs the factor `valid`."),
+              "you align on invalid pixels too: a hole reads 0 and says nothing about depth, yet it pulls "
+              "at your line. Every sum needs the factor `valid`."),
         Wrong("divided by all pixels", lambda p, y, w: _normal(p * w, y * w, torch.ones_like(w)),
-              "your sums leave the holes out, but you divide by the number of ALL pixels: divide by valid.sum((1, 2, 3))."),
+              "your sums leave the holes out, but you divide by the number of ALL pixels: divide by "
+              "valid.sum((1, 2, 3))."),
         Wrong("scale only", _through_zero,
-              "you fit a scale without a shift, a line through 0. Relative models have an unknown shift as well."),
+              "you fit a scale without a shift, a line through 0. Relative models have an unknown shift as "
+              "well."),
         Wrong("fitted backwards", lambda p, y, w: _normal(y, p, w),
               "you fit backwards, s * target + t = prediction. It is the prediction that must be "
               "scaled and shifted."),
         Wrong("one line for the batch", _of_the_batch,
-              "you fit one line for all pictures together. Scale and shift are unknown anew in every picture: sum over (1, 2, 3) "
-              "and keep the batch axis."),
+              "you fit one line for all pictures together. Scale and shift are unknown anew in every "
+              "picture: sum over (1, 2, 3) and keep the batch axis."),
         Wrong("ratio of the means", lambda p, y, w: ((y * w).sum((1, 2, 3)) / (p * w).sum((1, 2, 3)),
                                                      torch.zeros(len(p))),
-              "you divide mean by mean, which matches the average only: least squares also asks how both vary together."),
-        Wrong("shift forgot the scale", lambda p, y, w: (_normal(p, y, w)[0], ((y - p) * w).sum((1, 2, 3)) / w.sum((1, 2, 3))),
-              "the scale is right, the shift is not: t = mean(target) - s * mean(prediction), with the s in it."),
+              "you divide mean by mean, which matches the average only: least squares also asks how both "
+              "vary together."),
+        Wrong("shift forgot the scale",
+              lambda p, y, w: (_normal(p, y, w)[0], ((y - p) * w).sum((1, 2, 3)) / w.sum((1, 2, 3))),
+              "the scale is right, the shift is not: t = mean(target) - s * mean(prediction), with the s in"
+              " it."),
     ]))
 
 
@@ -126,7 +134,8 @@ def _score_cases(g):
         truth = 1 + 5 * torch.rand(b, 1, 6, 7, generator=g)
         error = torch.randn(truth.shape, generator=g) * torch.tensor([0.1, 0.9, 0.3])[:b].view(-1, 1, 1, 1)
         valid = (torch.rand(truth.shape, generator=g) > torch.tensor([0.6, 0.1, 0.3])[:b].view(-1, 1, 1, 1)).float()
-        cases.append(((truth + error).clamp_min(0.2), torch.where(valid > 0, truth, torch.full_like(truth, 0.5)), valid))
+        holed = torch.where(valid > 0, truth, torch.full_like(truth, 0.5))
+        cases.append(((truth + error).clamp_min(0.2), holed, valid))
     return cases
 
 
@@ -143,24 +152,29 @@ def _scores(relative=lambda z, t: (z - t).abs() / t, pool=None, weight=lambda v:
 _per_picture = lambda z, t, w: ((z - t) ** 2 * w).sum((1, 2, 3)) / w.sum((1, 2, 3))
 
 register(Check(
-    name="two_scores", reference=two_scores, cases=_score_cases, source="lib.checks_06:two_scores lib.depth:abs_rel lib.depth:rmse",
+    name="two_scores", reference=two_scores, cases=_score_cases,
+    source="lib.checks_06:two_scores lib.depth:abs_rel lib.depth:rmse",
     praise="Right: relative to the truth, over measured pixels, and the root comes last.",
     hints=["AbsRel: |metres - truth| / truth, averaged over the valid pixels of each picture.",
            "RMSE: first the mean of the squares over all valid pixels of all pictures, then one root.",
-           "Two sums with `* valid`; the first over (1, 2, 3), the second over everything, each divided by the sum of valid."],
+           "Two sums with `* valid`; the first over (1, 2, 3), the second over everything, each divided by "
+           "the sum of valid."],
     wrongs=[
         Wrong("divided by the prediction", _scores(lambda z, t: (z - t).abs() / z),
-              "AbsRel: you divide by the PREDICTION, so a model that says 'far' everywhere looks good. Divide by the truth."),
+              "AbsRel: you divide by the PREDICTION, so a model that says 'far' everywhere looks good. "
+              "Divide by the truth."),
         Wrong("mean of RMSE", _scores(pool=lambda z, t, w: _per_picture(z, t, w).sqrt().mean()),
-              "RMSE: you take each picture's root and then the mean of the roots, which is smaller. Pool the squares of all "
-              "pictures first; the root comes last."),
+              "RMSE: you take each picture's root and then the mean of the roots, which is smaller. Pool "
+              "the squares of all pictures first; the root comes last."),
         Wrong("mean of the pictures' MSE", _scores(pool=lambda z, t, w: _per_picture(z, t, w).mean().sqrt()),
-              "RMSE: you average the pictures' mean squares, so that a picture with few measured pixels counts as much as a full "
-              "one. Over the pixels of all pictures together means: one sum, divided by one count."),
+              "RMSE: you average the pictures' mean squares, so that a picture with few measured pixels "
+              "counts as much as a full one. Over the pixels of all pictures together means: one sum, "
+              "divided by one count."),
         Wrong("root forgotten", _scores(pool=lambda z, t, w: ((z - t) ** 2 * w).sum() / w.sum()),
               "RMSE: the root is missing, so your number is in square metres."),
         Wrong("holes count", _scores(weight=torch.ones_like),
-              "you count unmeasured pixels too: both scores need the factor `valid`, in the sum and in the count."),
+              "you count unmeasured pixels too: both scores need the factor `valid`, in the sum and in the "
+              "count."),
         Wrong("no absolute value", _scores(lambda z, t: (z - t) / t),
               "AbsRel: without the absolute value, too near and too far cancel out."),
         Wrong("metres", _scores(lambda z, t: (z - t).abs()),
@@ -199,13 +213,14 @@ register(Check(
            "((ratio < 1.25).float() * valid).sum((1, 2, 3)) / valid.sum((1, 2, 3))."],
     wrongs=[
         Wrong("one way", _delta(lambda z, t: z / t < 1.25),
-              "you take the ratio one way only: whatever is too NEAR has z / truth below 1 and passes. Take the larger of "
-              "z / truth and truth / z."),
+              "you take the ratio one way only: whatever is too NEAR has z / truth below 1 and passes. Take"
+              " the larger of z / truth and truth / z."),
         Wrong("the other way", _delta(lambda z, t: t / z < 1.25),
-              "you take the ratio one way only: whatever is too FAR passes. Take the larger of z / truth and truth / z."),
+              "you take the ratio one way only: whatever is too FAR passes. Take the larger of z / truth "
+              "and truth / z."),
         Wrong("difference", _delta(lambda z, t: (z - t).abs() / t < 0.25),
-              "|z - truth| / truth < 0.25 is close but not it: on the near side the limit is truth / 1.25, which is 20 % "
-              "nearer, not 25 %. Use the two ratios."),
+              "|z - truth| / truth < 0.25 is close but not it: on the near side the limit is truth / 1.25, "
+              "which is 20 % nearer, not 25 %. Use the two ratios."),
         Wrong("metres", _delta(lambda z, t: (z - t).abs() < 1.25),
               "1.25 is a ratio, not metres: compare z / truth and truth / z with it."),
         Wrong("share outside", _delta(lambda z, t: _both(z, t) >= 1.25),
@@ -213,7 +228,8 @@ register(Check(
         Wrong("holes count", _delta(lambda z, t: _both(z, t) < 1.25, torch.ones_like),
               "you count unmeasured pixels too: multiply by `valid` and divide by its sum."),
         Wrong("smaller ratio", _delta(lambda z, t: torch.minimum(z / t, t / z) < 1.25),
-              "you take the smaller of both ratios, which is never above 1: every pixel passes. Take the larger."),
+              "you take the smaller of both ratios, which is never above 1: every pixel passes. Take the "
+              "larger."),
     ]))
 
 
@@ -246,23 +262,31 @@ register(Check(
     source="lib.checks_06:unproject_pixel lib.depth:pinhole lib.depth:unproject",
     praise="Right: similar triangles, from the middle of the pixel.",
     hints=["f = (H / 2) / tan(fov / 2), in pixels; math.tan wants radians (math.radians).",
-           "The middle of pixel (column, row) lies at (column + 0.5, row + 0.5); the optical axis passes through (W / 2, H / 2).",
-           "X = (column + 0.5 - W / 2) / f * z; Y points UP while rows count down: Y = (H / 2 - row - 0.5) / f * z; Z = z."],
+           "The middle of pixel (column, row) lies at (column + 0.5, row + 0.5); the optical axis passes "
+           "through (W / 2, H / 2).",
+           "X = (column + 0.5 - W / 2) / f * z; Y points UP while rows count down: Y = (H / 2 - row - 0.5) "
+           "/ f * z; Z = z."],
     wrongs=[
         Wrong("Y downwards", _unprojected(up=-1.0),
-              "your Y points down: rows count downwards, but Y is up here. A place above the middle must have Y > 0."),
+              "your Y points down: rows count downwards, but Y is up here. A place above the middle must "
+              "have Y > 0."),
         Wrong("pixel corner", _unprojected(column=lambda c: c, row=lambda r: r),
-              "you take the pixel's corner: the middle of pixel (column, row) lies half a pixel further, at column + 0.5."),
+              "you take the pixel's corner: the middle of pixel (column, row) lies half a pixel further, at"
+              " column + 0.5."),
         Wrong("distance along the ray", _unprojected(far=lambda x, y, z: z / math.sqrt(1 + x * x + y * y)),
-              "you treat z as the distance along the ray. Depth here is measured along the optical axis, so Z = z."),
+              "you treat z as the distance along the ray. Depth here is measured along the optical axis, so"
+              " Z = z."),
         Wrong("whole angle", _unprojected(focal=lambda size, fov: size[0] / 2 / math.tan(math.radians(fov))),
-              "you take the tangent of the whole field of view; half of it lies on each side of the axis: tan(fov / 2)."),
+              "you take the tangent of the whole field of view; half of it lies on each side of the axis: "
+              "tan(fov / 2)."),
         Wrong("degrees", _unprojected(focal=lambda size, fov: size[0] / 2 / math.tan(fov / 2)),
               "math.tan wants radians and gets degrees: math.radians(fov)."),
         Wrong("width for height", _unprojected(focal=lambda size, fov: size[1] / 2 / math.tan(math.radians(fov) / 2)),
-              "you compute f from the width; this field of view is the VERTICAL one, so f comes from the height."),
+              "you compute f from the width; this field of view is the VERTICAL one, so f comes from the "
+              "height."),
         Wrong("swapped centre", _unprojected(centre=lambda size: (size[0] / 2, size[1] / 2)),
-              "the centre is swapped: the axis passes through column W / 2 and row H / 2, and size is (H, W)."),
+              "the centre is swapped: the axis passes through column W / 2 and row H / 2, and size is (H, "
+              "W)."),
         Wrong("not times z", lambda c, r, z, size, fov: tuple(
             v / (z if k < 2 else 1) for k, v in enumerate(unproject_pixel(c, r, z, size, fov))),
               "this is the ray at Z = 1: multiply by z."),

@@ -292,8 +292,8 @@ class Estimator:
 
     @torch.no_grad()
     def predict(self, image: torch.Tensor):
-        """The model's own outputs, as it gives them: `.predicted_depth` (B, h, w) float32, in the model's unit, sign
-        and size. What it means is the adapter's business."""
+        """The model's own outputs, as it gives them: `.predicted_depth` (B, h, w) float32, in the model's unit,
+        sign and size. What it means is the adapter's business."""
         if image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(f"A depth model needs an image of shape (B, 3, H, W); got {tuple(image.shape)}.")
         pixels = self.processor(images=list(image.float().cpu()), do_rescale=False, return_tensors="pt")
@@ -314,8 +314,8 @@ RANDOM = ("dpt", "depth-anything-v2", "depth-anything-v2-metric", "zoedepth")
 def random_estimator(name: str, seed: int = 0) -> Estimator:
     """One of RANDOM as a very small model with random weights: the real architecture, processor and adapter.
 
-    Its depth means nothing, but its output has the shape, range and post-processing of the real thing, so that an
-    adapter can be proven without a download. Raises ValueError for another name.
+    Its depth means nothing, but its output has the shape, range and post-processing of the real thing, so that
+    an adapter can be proven without a download. Raises ValueError for another name.
     """
     if name not in RANDOM:
         raise ValueError(f"No random model is called {name!r}; known: {', '.join(RANDOM)}.")
@@ -475,8 +475,8 @@ def imitate_sensor(metres, focal, baseline=0.075, step=0.125, reach=6.0, no_retu
 
     Such a camera finds depth by triangulation: a point at z is seen shifted by the disparity
     focal * baseline / z pixels, which is read in steps of `step` pixels (so the error grows with z squared).
-    Holes: what the projector, `baseline` metres to the right of the lens, cannot light because something nearer
-    stands in its way; what is farther than `reach` metres; `no_return` (B, 1, H, W) = 1, such as glass; and
+    Holes: what the projector, `baseline` metres to the right of the lens, cannot light because something
+    nearer stands in its way; what is farther than `reach` metres; `no_return` (B, 1, H, W) = 1, such as glass; and
     `margin` columns at the left, which the second view does not cover.
 
     metres (B, 1, H, W) > 0; focal in pixels. A sketch of structured light (Kinect), not a model of one product.
@@ -519,11 +519,11 @@ def align_scale_shift(prediction, target, valid=None):
 
 
 def metres_from(found: DepthMap, truth, valid=None, farthest: float = 100.0) -> torch.Tensor:
-    """Metres (B, 1, H, W) of a metric or an inverse-relative map, so that they can be scored against `truth` (metres).
+    """Metres (B, 1, H, W) of a metric or an inverse-relative map, to be scored against `truth` (metres).
 
-    A metric map gives its own metres. A relative one has none: its inverse depth is aligned with 1 / truth first (two
-    numbers per image are taken from the truth), and what comes out beyond `farthest`, or behind the camera, is set to
-    `farthest`. A "relative" map (a picture of depth, neither metres nor their inverse) is a ValueError.
+    A metric map gives its own metres. A relative one has none: its inverse depth is aligned with 1 / truth first
+    (two numbers per image are taken from the truth), and what comes out beyond `farthest`, or behind the camera,
+    is set to `farthest`. A "relative" map (a picture of depth with an unknown curve in it) is a ValueError.
     """
     if found.kind == "metric":
         return found.metres()
@@ -621,7 +621,8 @@ def unproject(metres, camera) -> torch.Tensor:
     u = (torch.arange(w, device=z.device) + 0.5).view(1, 1, 1, w)
     v = (torch.arange(h, device=z.device) + 0.5).view(1, 1, h, 1)
     x, y = (u - cx) / f * z, (cy - v) / f * z
-    return torch.cat([x, camera.height + y * math.cos(p) - z * math.sin(p), y * math.sin(p) + z * math.cos(p)], 1)
+    up, ahead = y * math.cos(p) - z * math.sin(p), y * math.sin(p) + z * math.cos(p)
+    return torch.cat([x, camera.height + up, ahead], 1)
 
 
 def project(points, camera, size) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
-"""Interactive parts of lesson 06: a probe that says how far a place is, a cloud of points to turn; and its pictures.
+"""Interactive parts of lesson 06: a probe that says how far a place is, a cloud of points to turn; its pictures.
 
-The plain functions (`probe_view`, `seen_from`, `cloud`, `groups`, `poster`, ...) are what the lesson and its tests call.
+The plain functions (`probe_view`, `seen_from`, `cloud`, `groups`, `poster`, ...) are what lesson and tests call.
 """
 import io
 import math
@@ -67,16 +67,17 @@ def probe_cut(estimate, raw, x, y, what=DEPTH_CUT):
 def probe_view(image, estimate, raw, x, y, what=DEPTH_CUT):
     """Picture, depth, and the layer of everything "smaller than" the place (x, y), as one PIL picture.
 
-    image (1, 3, H, W) in [0, 1]; estimate: a DepthMap of the same size; raw (1, 1, H, W): the model's own numbers, near
-    = high. x, y in [0, 1]. what: DEPTH_CUT, or RAW_CUT, which falls into the sign trap.
+    image (1, 3, H, W) in [0, 1]; estimate: a DepthMap of the same size; raw (1, 1, H, W): the model's own numbers,
+    near = high. x, y in [0, 1]. what: DEPTH_CUT, or RAW_CUT, which falls into the sign trap.
     """
     _check_probe(image, estimate, raw, x, y)
     mask, d = probe_cut(estimate, raw, x, y, what)
     at = _pixel(estimate.size, x, y)
-    labels = ["the place that is asked", "depth, bright = near", f"{'depth' if what == DEPTH_CUT else 'raw output'} < {d:.2f}"]
+    name = "depth" if what == DEPTH_CUT else "raw output"
+    labels = ["the place that is asked", "depth, bright = near", f"{name} < {d:.2f}"]
     scale = max(1, round(256 / image.shape[-2]))
-    return show.tile([cross(image, *at), cross(show.colour_depth(estimate), *at), torch.cat([image, mask], 1)], labels,
-                     columns=3, scale=scale)
+    views = [cross(image, *at), cross(show.colour_depth(estimate), *at), torch.cat([image, mask], 1)]
+    return show.tile(views, labels, columns=3, scale=scale)
 
 
 def probe_text(image, estimate, raw, x, y, what=DEPTH_CUT):
@@ -122,8 +123,8 @@ def depth_probe(image, estimate, raw, x=0.5, y=0.5):
 def _flat(points, rgb, valid=None):
     """Points (1, 3, H, W) and colours -> two arrays (N, 3)."""
     if points.shape != rgb.shape or points.ndim != 4 or points.shape[:2] != (1, 3):
-        raise ValueError(f"Give points and colours of one picture, both (1, 3, H, W); these are {tuple(points.shape)} and "
-                         f"{tuple(rgb.shape)}.")
+        raise ValueError("Give points and colours of one picture, both (1, 3, H, W); these are "
+                         f"{tuple(points.shape)} and {tuple(rgb.shape)}.")
     xyz, colour = (x[0].flatten(1).T.double().cpu().numpy() for x in (points, rgb))
     keep = np.isfinite(xyz).all(1)
     if valid is not None:
@@ -134,8 +135,8 @@ def _flat(points, rgb, valid=None):
 def seen_from(points, rgb, camera, turn=0.0, size=256, rise=0.0, about=3.5, dot=1):
     """The points as a camera elsewhere sees them: (1, 3, size, size); grey where no point is.
 
-    points (1, 3, H, W) in the world's metres, rgb (1, 3, H, W). The camera walks `turn` degrees round the point `about`
-    metres ahead on the floor (positive = to the right) and goes up by `rise` metres. A z-buffer: the nearest point wins.
+    points (1, 3, H, W) in the world's metres, rgb (1, 3, H, W). The camera walks `turn` degrees round the point
+    `about` metres ahead on the floor (positive = to the right) and goes up by `rise` metres. The nearest point wins.
     """
     xyz, colour = _flat(points, rgb)
     a = math.radians(turn)
@@ -163,7 +164,7 @@ def _dots(out, row, column, colour):
 class Turnable:
     """A plotly figure that turns in the notebook, with a still picture where the front end knows no plotly.
 
-    JupyterLab, Notebook 7 and VS Code draw plotly's own format without a network; Kaggle and Colab get plotly's HTML.
+    JupyterLab, Notebook 7 and VS Code draw plotly's own format without a network; Kaggle and Colab get HTML.
     """
 
     def __init__(self, figure, still):
@@ -224,8 +225,8 @@ def groups(world, b=0, thin=2):
     """The pixels of one rendered scene by what they show: list of (name, mask (1, 1, H, W)).
 
     Every visible thing under its kind's name ("glass" and so on), "room" for the rest. And zones that cut across:
-    "thin parts": pixels of things that vanish when their outline is opened with a disc of `thin` pixels (legs, poles,
-    leaves' tips); "solid parts": what stays; "at an edge": within 2 pixels of a jump in depth of more than 10 %.
+    "thin parts": pixels of things that vanish when their outline is opened with a disc of `thin` pixels (legs,
+    poles, leaves' tips); "solid parts": what stays; "at an edge": within 2 pixels of a jump in depth of over 10 %.
     """
     ids, z = world.ids[b:b + 1], world.depth[b:b + 1]
     found = [("room", (ids < 0).float())]
@@ -238,7 +239,8 @@ def groups(world, b=0, thin=2):
     high = F.max_pool2d(z, 3, 1, 1)
     low = -F.max_pool2d(-z, 3, 1, 1)
     edge = masks.dilate((high > 1.1 * low).float(), 1)
-    return found + [("thin parts", thin_parts), ("solid parts", solid), ("at an edge", edge), ("away from edges", 1 - edge)]
+    return found + [("thin parts", thin_parts), ("solid parts", solid), ("at an edge", edge),
+                    ("away from edges", 1 - edge)]
 
 
 def shadow_zone(world, empty):
@@ -248,7 +250,7 @@ def shadow_zone(world, empty):
 
 
 def poster(scene, world, picture, left=-0.7, right=0.7, low=0.7, high=1.95):
-    """Hang a picture (1, 3, h, w) on the back wall: (rgb (1, 3, H, W), mask (1, 1, H, W)); true depth stays the wall's.
+    """Hang a picture (1, 3, h, w) on the back wall: (rgb (1, 3, H, W), mask (1, 1, H, W)); depth stays the wall's.
 
     Corners in metres. The wall's pixels are found by unprojecting the true depth; things in front keep hiding it.
     """
@@ -256,7 +258,8 @@ def poster(scene, world, picture, left=-0.7, right=0.7, low=0.7, high=1.95):
     wall = (world.ids[0, 0] < 0) & ((z - scene.room.back).abs() < 0.02)
     on = wall & (x > left) & (x < right) & (y > low) & (y < high)
     across, down = 2 * (x - left) / (right - left) - 1, 2 * (high - y) / (high - low) - 1
-    printed = F.grid_sample(picture, torch.stack([across, down], -1)[None], align_corners=False, padding_mode="border")
+    places = torch.stack([across, down], -1)[None]
+    printed = F.grid_sample(picture, places, align_corners=False, padding_mode="border")
     frame = on & ((across.abs() > 0.94) | (down.abs() > 0.94))
     rgb = torch.where(on[None, None], printed, world.rgb)
     return torch.where(frame[None, None], torch.full_like(rgb, 0.12), rgb), (on & ~frame).float()[None, None]
@@ -272,7 +275,7 @@ def mean_and_interval(values):
 
 
 def bars(rows, label):
-    """A table with bars: rows = (name, mean, half interval, count), shares; the number and the count beside each bar."""
+    """A table with bars: rows = (name, mean, half interval, count), shares; number and count beside each bar."""
     high = 0.75 + 0.36 * len(rows)
     view = show.View(figsize=(9.4, high), dpi=show.DPI, facecolor="white")
     axes = view.add_axes((0.16, 0.62 / high, 0.60, 1 - 0.68 / high))
@@ -332,18 +335,21 @@ def photographs(folder):
     found = {}
     for path in sorted(Path(folder).glob("*_depth_mm.png")):
         stem = path.name.removesuffix("_depth_mm.png")
-        picture = next((p for p in (path.with_name(f"{stem}{end}") for end in (".jpg", ".png")) if p.is_file()), None)
+        choices = [path.with_name(f"{stem}{end}") for end in (".jpg", ".png")]
+        picture = next((p for p in choices if p.is_file()), None)
         if picture is not None:
             image = show.read_image(picture)
             found[PHOTOS.get(stem, stem)] = image, depth.given(path, size=image.shape[-2:], fill=False)
     if not found:
-        raise ValueError(f"{folder} holds no pair such as desk.jpg and desk_depth_mm.png (16-bit millimetres, 0 = hole).")
+        raise ValueError(f"{folder} holds no pair such as desk.jpg and desk_depth_mm.png (16-bit millimetres, "
+                         "0 = hole).")
     return found
 
 
 def reduced(image, height=200):
     """A picture or map made small for the eye, nearest pixel, so that holes stay holes."""
-    return F.interpolate(image, size=(height, round(height * image.shape[-1] / image.shape[-2])), mode="nearest-exact")
+    width = round(height * image.shape[-1] / image.shape[-2])
+    return F.interpolate(image, size=(height, width), mode="nearest-exact")
 
 
 def holes_shown(found):
@@ -368,9 +374,10 @@ def trap_strip(estimator):
     d = 0.4
     wrong, right = (stretch(raw) < d).float(), (found.values < d).float()
     images = [world.rgb, show.colour_depth(scenes.to_depth01(world.depth)), show.colour_depth(found),
-              stretch(raw).expand(1, 3, -1, -1), torch.cat([world.rgb, wrong], 1), torch.cat([world.rgb, right], 1)]
+              stretch(raw).expand(1, 3, -1, -1), *(torch.cat([world.rgb, mask], 1) for mask in (wrong, right))]
     return images, ["a room", "its true depth (bright = near)", "depth, estimated from the picture",
-                    "the network's raw output", f"raw output < {d}: the background!", f"depth < {d}: the foreground"]
+                    "the network's raw output", f"raw output < {d}: the background!",
+                    f"depth < {d}: the foreground"]
 
 
 def probe_strip(estimator, places=((0.35, 0.45), (0.72, 0.62), (0.5, 0.95))):
