@@ -164,25 +164,30 @@ def _dots(out, row, column, colour):
 class Turnable:
     """A plotly figure that turns in the notebook, with a still picture where the front end knows no plotly.
 
-    JupyterLab, Notebook 7 and VS Code draw plotly's own format without a network; Kaggle and Colab get HTML.
+    JupyterLab, Notebook 7 and VS Code draw plotly's own format without a network; others show the still, as HTML.
+    (Not as image/png: beside one, JupyterLab's plotly extension shows the PNG and never draws the figure.) Kaggle and
+    Colab do not know the format, and get plotly's HTML.
     """
 
     def __init__(self, figure, still):
         self.figure, self.still = figure, still
 
+    def html(self):
+        """The still picture as an <img> that needs no file."""
+        import base64
+        buffer = io.BytesIO()
+        self.still.save(buffer, "PNG")
+        alt = "points in space, seen from several sides"
+        return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
     def _repr_mimebundle_(self, include=None, exclude=None):
         import json
 
         from lib import setup
-        buffer = io.BytesIO()
-        self.still.save(buffer, "PNG")
-        alt = "points in space, seen from several sides"
-        bundle = {"image/png": buffer.getvalue(), "text/plain": f"<{alt}>"}
-        if setup.where() == "local":
-            bundle["application/vnd.plotly.v1+json"] = json.loads(self.figure.to_json()) | {"config": {}}
-        else:
-            bundle["text/html"] = self.figure.to_html(include_plotlyjs="cdn", full_html=False)
-        return bundle, {"image/png": {"alt": alt}}
+        if setup.where() != "local":
+            return {"text/html": self.figure.to_html(include_plotlyjs="cdn", full_html=False), "text/plain": "<points>"}
+        plot = json.loads(self.figure.to_json()) | {"config": {}}
+        return {"application/vnd.plotly.v1+json": plot, "text/html": self.html(), "text/plain": "<points>"}
 
 
 def cloud(clouds, camera, every=1, height=560):
