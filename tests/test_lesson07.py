@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib import checks, deglad, depth, inpaint, masks, scenes, setup, widgets_07
+from lib import checks, deglad, depth, inpaint, masks, scenes, setup, show, widgets_07
 
 PATH = Path(__file__).resolve().parents[1] / "notebooks" / "07_deglad.ipynb"
 LESSON = nbformat.read(PATH, as_version=4)
@@ -49,6 +49,8 @@ def test_the_figures_show_the_lessons_own_room():
 def test_all_fillings_are_asked_of_the_library():
     assert "list(inpaint.METHODS)" in CODE["hole-methods"]
     assert not [name for name in inpaint.METHODS if f'"{name}"' in CODE["hole-run"] + CODE["hole-table"]]
+    random = list(inpaint.METHODS)[list(inpaint.METHODS).index("ddpm-clean"):]
+    assert {"repaint", "latent"} <= set(random) and not {"telea", "patchmatch", "fillnet"} & set(random)
 
 
 def test_no_cell_writes_again_what_the_library_has():
@@ -125,10 +127,11 @@ def test_each_room_has_a_thing_in_front_and_a_gap_behind():
         assert len(case.without().things) == len(case.scene.things) - len(case.picked)
 
 
-def test_the_cells_of_the_four_steps_hold_for_another_room(room):
-    case, image, z, d, ids = room
-    space = {"torch": torch, "deglad": deglad, "inpaint": inpaint, "masks": masks, "z": z, "d": d, "image": image,
-             "show": __import__("lib.show", fromlist=["show"]), "draw": widgets_07, "case": case, "scenes": scenes}
+def test_the_cells_of_the_four_steps_hold_for_another_room():
+    cases = widgets_07.cases(1, first=20000500)
+    world = scenes.render(cases[0].scene, size=64)
+    space = {"torch": torch, "deglad": deglad, "inpaint": inpaint, "masks": masks, "images": world.rgb, "world": world,
+             "show": show, "draw": widgets_07, "cases": cases, "scenes": scenes, "depth": depth}
     for name in ("step-depth", "step-masks", "step-fill", "recompose"):
         exec(CODE[name], space)
     assert space["changed"].any()
