@@ -1,7 +1,7 @@
-"""Lesson 09's interactive parts: an object, and a cut between two scenes, moved through depth; its drawings and figures.
+"""Lesson 09's interactive parts: an object, or a cut between two scenes, moved through depth; drawings, figures.
 
-`journey_view` and `journey_text` are plain functions of (journey, depth, method); `journey_explorer` is the shell.
-Every stop of a journey is edited beforehand, so moving the slider is instant; a journey knows the truth at each stop.
+`journey_view` and `journey_text` are plain functions of (journey, depth, method); `journey_explorer` is the
+shell. Every stop is edited beforehand, so moving the slider is instant; a journey knows the truth at each stop.
 """
 import csv
 import re
@@ -13,10 +13,11 @@ import torch
 from lib import attention, benchmark, depth, diffusion, featglac, latents, metrics, scenes, show
 from lib.widgets import panel
 
-EXAMPLE = {"SCENE": 20005057, "PAIR": 20005008, "ROOM": 20005025}   # the lesson's own parameters; a test compares them
+EXAMPLE = {"SCENE": 20005057, "PAIR": 20005008, "ROOM": 20005025}   # the lesson's own; a test compares them
 OBJECT = scenes.Thing("vase", "orange", x=0, z=0, size=1.3, turn=20)      # what is moved through ROOM
 DEPTHS = (2.0, 2.3, 2.6, 2.9, 3.2, 3.5, 3.8, 4.1, 4.4)                    # metres, of its front
 CUTS = (2.7, 3.0, 3.4, 3.9, 4.3, 4.7)                                     # metres, of the cut between two scenes
+MARKED = {"inject": "#e45756", "guide": "#8b1a1a"}
 ZONE_COLOURS = {"shading": "#f58518", "shadow": "#4c78a8", "floor": "#54a24b", "hole": "#b279a2"}
 METRIC = {"near": scenes.NEAR, "far": scenes.FAR}
 
@@ -30,7 +31,7 @@ def tint(picture, mask, colour, amount=0.55):
 
 
 def zones_picture(truth, zones):
-    """The zones drawn on a faint truth: shading orange, shadow blue; in compositing also floor green, hole purple."""
+    """The zones on a faint truth: shading orange, shadow blue; in compositing also floor green, hole purple."""
     out = truth.mean(1, keepdim=True).expand(-1, 3, -1, -1) * 0.6 + 0.3
     for name, colour in ZONE_COLOURS.items():
         out = tint(out, zones[name], colour, 0.7)
@@ -38,27 +39,27 @@ def zones_picture(truth, zones):
 
 
 def light_change(after, before, mask=None):
-    """log2 of how many times lighter `after` is than `before` (1, 1, H, W): +1 = twice, -1 = half, 0 = the same."""
+    """log2 of how many times lighter `after` is than `before` (1, 1, H, W): +1 = twice, -1 = half, 0 = same."""
     grey = lambda x: x.mean(1, keepdim=True).clamp(min=0) + 0.02
     ratio = (grey(after) / grey(before)).log2()
     return ratio if mask is None else ratio * mask
 
 
 def cost_plot(means, title, zones=("shadow", "shading")):
-    """Error against U-Net passes, a panel for each zone: means as from `board_means`, with "vae" and "plain-cfg" in it.
+    """Error against U-Net passes, a panel for each zone. means: of `board_means`, with "vae" and "plain-cfg" too.
 
-    Lines: half of the depth-aware paste's error (the goal), perfect latents (the VAE's bound), the cost of plain
-    sampling. One marker for each method; FeatGLaC's are large and red.
+    Lines: half of the depth-aware paste's error (the goal), perfect latents (the VAE's bound), the cost of
+    plain sampling. One marker for each method; FeatGLaC's are large and red.
     """
     view = show.View(figsize=(10.4, 4.2), dpi=show.DPI, facecolor="white", layout="constrained")
     axes = view.subplots(1, len(zones), squeeze=False)[0]
     for ax, zone in zip(axes, zones):
         for i, (name, words) in enumerate((n, w) for n, w in NAMES.items() if n in means):
-            own = name in benchmark.MECHANISMS
-            ax.plot(means[name]["passes"], means[name][f"rmse_{zone}"], "sDo^vPXd"[i % 8], ms=11 if own else 8, alpha=0.85,
-                    color=("#e45756", "#8b1a1a")[name == "guide"] if own else show.ID_COLOURS[(0, 2, 4, 5, 6, 7)[i % 6]],
-                    ls="", label=words)
-        ax.axhline(means["alpha"][f"rmse_{zone}"] / 2, color="#54a24b", lw=1.2, ls="--", label="goal: half the depth-aware paste")
+            colour = MARKED.get(name) or show.ID_COLOURS[(0, 2, 4, 5, 6, 7, 1)[i % 7]]
+            ax.plot(means[name]["passes"], means[name][f"rmse_{zone}"], "sDo^vP*Xd"[i % 9], color=colour, ls="",
+                    ms=11 if name in MARKED else 8, alpha=0.85, label=words)
+        ax.axhline(means["alpha"][f"rmse_{zone}"] / 2, color="#54a24b", lw=1.2, ls="--",
+                   label="goal: half the depth-aware paste")
         ax.axhline(means["vae"][f"rmse_{zone}"], color="0.5", lw=1.2, ls="-.", label="bound: perfect latents")
         ax.axvline(means["plain-cfg"]["passes"], color="0.6", lw=1.2, ls=":", label="cost of plain sampling")
         ax.set_ylim(0, 1.12 * max(means[n][f"rmse_{zone}"] for n in NAMES if n in means))
@@ -74,8 +75,9 @@ def cost_plot(means, title, zones=("shadow", "shading")):
 
 
 def intervals(rows, title, x_label):
-    """Differences with their intervals: rows of (name, difference, low, high) as dots and bars; red = it excludes 0."""
-    view = show.View(figsize=(8.2, 0.9 + 0.27 * len(rows)), dpi=show.DPI, facecolor="white", layout="constrained")
+    """Differences with intervals: rows of (name, difference, low, high); green and red = 0 is excluded."""
+    size = 8.2, 0.9 + 0.27 * len(rows)
+    view = show.View(figsize=size, dpi=show.DPI, facecolor="white", layout="constrained")
     axes = view.add_subplot()
     for i, (name, d, low, high) in enumerate(rows):
         colour = "0.55" if low <= 0 <= high else "#e45756" if d > 0 else "#54a24b"
@@ -94,12 +96,14 @@ def intervals(rows, title, x_label):
 # ---------------------------------------------------------------- the stored board and ablation
 
 def board(folder=None, model="mini"):
-    """Rows of the largest stored scoreboard MODEL-<N>.csv, and N. Raises FileNotFoundError when there is none."""
+    """Rows of the largest stored scoreboard MODEL-<N>.csv, and N. FileNotFoundError when there is none."""
     from lib import setup
     folder = Path(folder) if folder else setup.data_dir() / "benchmark"
-    found = [(int(m[1]), p) for p in folder.glob(f"{model}-*.csv") if (m := re.fullmatch(rf"{model}-(\d+)", p.stem))]
+    named = [(re.fullmatch(rf"{model}-(\d+)", p.stem), p) for p in folder.glob(f"{model}-*.csv")]
+    found = [(int(m[1]), p) for m, p in named if m]
     if not found:
-        raise FileNotFoundError(f"There is no {model}-<N>.csv in {folder.name}/: run `python -m lib.benchmark`.")
+        raise FileNotFoundError(
+            f"There is no {model}-<N>.csv in {folder.name}/: run `python -m lib.benchmark`.")
     n, path = max(found)
     with open(path) as file:
         return list(csv.DictReader(file)), n
@@ -121,7 +125,7 @@ def board_means(rows, task, keys):
 
 
 def worst(rows, task, key, mechanism="inject", baseline="alpha", skip=()):
-    """(seed, its score, the baseline's) where the mechanism loses most against the baseline, in the board's own rows.
+    """(seed, its score, the baseline's) where the mechanism loses most against the baseline, by a board's rows.
 
     skip: seeds that have been shown already.
     """
@@ -133,7 +137,7 @@ def worst(rows, task, key, mechanism="inject", baseline="alpha", skip=()):
 
 
 def differences(rows, task, key, against=None):
-    """Every variant of a stored ablation against the first: rows (name, difference, low, high) for `intervals`."""
+    """All names of a stored table against one (or the first): (name, difference, low, high) for `intervals`."""
     by = {}
     for r in (r for r in rows if r["task"] == task):
         by.setdefault(r["mechanism"], {})[r["seed"]] = number(r, key)
@@ -148,33 +152,35 @@ def differences(rows, task, key, against=None):
 
 # ---------------------------------------------------------------- an edit with one choice changed
 
-ALONE = {"samples": 1, "cast": 0.0}      # one sample, and no shadow but the model's own
+ALONE = {"samples": 1, "cast": 0.0, "shade": 0.0}      # one sample, and no light but the model's own
 
 
-def variant(pipe, c, steps, generator=None, mechanism="inject", grey=False, hard=False, clean=False, **options):
+def variant(pipe, c, steps, generator=None, mechanism="inject", grey=False, hard=False, clean=False,
+            **options):
     """An insertion case with one choice changed, the model alone: (picture, U-Net passes).
 
-    options: of `featglac.Settings`. Three choices of `inject` are not the library's: grey: the object's layer is shown
-    on mid-grey instead of in the filled background; hard: masks are cut to 0 and 1; clean: K/V of the clean layers at
-    every step, not of layers at the edit's own noise level.
+    options: of `featglac.Settings`. Three choices of `inject` are not the library's: grey: the object's layer is
+    shown on mid-grey instead of in the filled background; hard: masks are cut to 0 and 1; clean: K/V of the clean
+    layers at every step, not of layers at the edit's own noise level.
     """
     if grey or hard or clean:
         return injected(pipe, c, steps, generator, grey, hard, clean, **options)
     given = depth.from_metric(c.background_depth, **METRIC)
-    edit = featglac.insert_object(pipe, c.background, given, c.foreground, c.prompts[2], f"{c.at:.6f}m", mechanism,
-                                  steps=steps, generator=generator, **{**ALONE, **options})
+    edit = featglac.insert_object(pipe, c.background, given, c.foreground, c.prompts[2], f"{c.at:.6f}m",
+                                  mechanism, steps=steps, generator=generator, **{**ALONE, **options})
     return edit.image.float().cpu(), edit.passes
 
 
 def injected(pipe, c, steps, generator=None, grey=False, hard=False, clean=False, **options):
-    """`variant` with the lesson's own way down; without grey, hard and clean it is the library's (a test says so)."""
+    """`variant` by the lesson's own way down; without grey, hard, clean it is the library's (a test says so)."""
     s = replace(featglac.Settings(), **{"steps": steps, **ALONE, **options})
     given = depth.from_metric(c.background_depth, **METRIC)
     occluder = (given.values < given.at(f"{c.at:.6f}m")).float()
     visible = c.foreground[:, 3:] * (1 - occluder)
     paste, ring = featglac.over(c.foreground[:, :3], visible, c.background), featglac.ring(visible, s.ring)
     object_mask, ring_mask = ((visible > 0.5).float(), (ring > 0.5).float()) if hard else (visible, ring)
-    masks = torch.cat([(1 - object_mask) * (s.keep * (1 - ring_mask) + s.free * ring_mask), object_mask * s.strength])
+    around = s.keep * (1 - ring_mask) + s.free * ring_mask
+    masks = torch.cat([(1 - object_mask) * around, object_mask * s.strength])
     shown = featglac.over(c.foreground[:, :3], visible, torch.full_like(paste, 0.5)) if grey else paste
     device, prompt = pipe.unet.device, c.prompts[2]
     z_layers = latents.encode(pipe, torch.cat([c.background, shown]).to(device))
@@ -186,7 +192,7 @@ def injected(pipe, c, steps, generator=None, grey=False, hard=False, clean=False
     with diffusion.count_passes(pipe.unet) as passes, torch.no_grad():
         with attention.record(pipe.unet) as bank:
             path = diffusion.invert(pipe, z_layers, ["", prompt], steps, upto=climb)
-            for t in down if clean else ():            # a second call at the same timestep replaces what was recorded
+            for t in down if clean else ():            # a second call at a timestep replaces what was recorded
                 diffusion.predict(pipe, z_layers, t, both)
         noise = torch.randn(z_paste.shape, generator=generator, dtype=torch.float32).to(z_paste)
         z = diffusion.q_sample(levels, z_paste, down[0], noise)
@@ -202,7 +208,7 @@ def injected(pipe, c, steps, generator=None, grey=False, hard=False, clean=False
 
 
 def small_sd():
-    """A pipeline of SD 1.5's architecture (four levels), tiny, with random weights; without diffusers' words on dtypes."""
+    """A tiny pipeline of SD 1.5's architecture (four levels), random weights; no words of diffusers on dtypes."""
     from diffusers.utils import logging
     before = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -216,9 +222,10 @@ def small_sd():
 
 @dataclass
 class Journey:
-    """Edits at several depths. ats: metres, ascending; pictures: {method: (N, 3, H, W)}, with "truth" among them;
+    """Edits at several depths. ats: metres, ascending; pictures: {method: (N, 3, H, W)}, "truth" among them;
     shown (N, 3, H, W): the given picture with what is nearer than each depth tinted; zones: {name: (N, 1, H, W)};
-    hidden: the share of the object (or of B) that is covered at each depth; passes: {method: U-Net passes a stop}."""
+    hidden: share of the object that is covered, or of the picture that is A; what: words for that; passes:
+    {method: U-Net passes a stop}."""
     ats: tuple
     pictures: dict
     shown: torch.Tensor
@@ -231,7 +238,8 @@ class Journey:
         """The stop at this depth. Raises ValueError for a depth without a stop."""
         near = [i for i, a in enumerate(self.ats) if abs(a - at) < 1e-6]
         if not near:
-            raise ValueError(f"There is no stop at {at} m; the stops are {', '.join(f'{a:.1f}' for a in self.ats)} m.")
+            stops = ", ".join(f"{a:.1f}" for a in self.ats)
+            raise ValueError(f"There is no stop at {at} m; the stops are {stops} m.")
         return near[0]
 
 
@@ -240,9 +248,9 @@ def _path(d):
     return -0.15 + 0.33 * max(0.0, d - 3.5)
 
 
-def object_journey(pipe, room_seed, depths=DEPTHS, size=128, methods=("alpha", "inject"), generator=None, thing=OBJECT,
-                   **options):
-    """Move an object, cut out under a foreign sun, through a room: a Journey. options: of `featglac.insert_object`."""
+def object_journey(pipe, room_seed, depths=DEPTHS, size=128, methods=("alpha", "inject"), generator=None,
+                   thing=OBJECT, **options):
+    """Move an object, cut out under a foreign sun, through a room. options: of `featglac.insert_object`."""
     room = scenes.sample(room_seed)
     depths = [d for d in depths if d < room.room.back - thing.footprint * 2]
     placed = [room.insert(thing, at=d, x=_path(d)) for d in depths]
@@ -252,8 +260,9 @@ def object_journey(pipe, room_seed, depths=DEPTHS, size=128, methods=("alpha", "
     cutouts = [scenes.only(s, i, sun=scenes.other_sun(room.sun), size=size) for s in placed]
     pictures, passes = {}, {}
     for name in methods:
-        edits = [featglac.insert_object(pipe, image, given, cutout, s.caption(), f"{d}m", name, generator=generator,
-                                        **({} if name in ("alpha", "paste2d") else options))
+        more = {} if name in ("alpha", "paste2d") else options
+        edits = [featglac.insert_object(pipe, image, given, cutout, s.caption(), f"{d}m", name,
+                                        generator=generator, **more)
                  for cutout, s, d in zip(cutouts, placed, depths)]
         pictures[name] = torch.cat([e.image.float().cpu() for e in edits])
         passes[name] = sum(e.passes for e in edits) / len(edits)
@@ -261,11 +270,13 @@ def object_journey(pipe, room_seed, depths=DEPTHS, size=128, methods=("alpha", "
     visible = world.ids[1:] == i
     hidden = [1 - float((a * (1 - n)).sum() / a.sum()) for a, n in zip(alpha, near)]
     zones = benchmark.insertion_zones(truth, image.expand_as(truth), visible)
-    return Journey(tuple(depths), {**pictures, "truth": truth}, tint(image, near, "#00c8ff", 0.45), zones, hidden,
-                   "of the object is hidden", passes)
+    shown = tint(image, near, "#00c8ff", 0.45)
+    return Journey(tuple(depths), {**pictures, "truth": truth}, shown, zones, hidden, "of the object is hidden",
+                   passes)
 
 
-def scenes_journey(pipe, pair_seed, cuts=CUTS, size=128, methods=("alpha", "inject"), generator=None, **options):
+def scenes_journey(pipe, pair_seed, cuts=CUTS, size=128, methods=("alpha", "inject"), generator=None,
+                   **options):
     """Move the cut between two scenes through depth: a Journey. options: of `featglac.compose`."""
     a, b, _ = scenes.composite_case(pair_seed)
     b = replace(b, camera=a.camera)
@@ -276,9 +287,9 @@ def scenes_journey(pipe, pair_seed, cuts=CUTS, size=128, methods=("alpha", "inje
     given = [depth.from_metric(both.depth[k:k + 1], **METRIC) for k in (0, 1)]
     pictures, passes = {}, {}
     for name in methods:
+        more = {} if name in ("alpha", "paste2d") else options
         edits = [featglac.compose(pipe, both.rgb[:1], given[0], both.rgb[1:], given[1], f"{d}m",
-                                  joint_caption(a, b, whole), name, generator=generator,
-                                  **({} if name in ("alpha", "paste2d") else options))
+                                  joint_caption(a, b, whole), name, generator=generator, **more)
                  for d, whole in zip(cuts, wholes)]
         pictures[name] = torch.cat([e.image.float().cpu() for e in edits])
         passes[name] = sum(e.passes for e in edits) / len(edits)
@@ -286,20 +297,22 @@ def scenes_journey(pipe, pair_seed, cuts=CUTS, size=128, methods=("alpha", "inje
     things = torch.cat([(w.ids >= 0) & (w.ids < len(a.things)) for w in wholes])
     front = torch.cat([w.depth < d for w, d in zip(wholes, cuts)])
     same = torch.cat([(both.depth[1:] - w.depth).abs() < 0.02 for w in wholes])
-    zones = benchmark.compositing_zones(truth, torch.cat(bare), both.rgb[1:].expand_as(truth), things, front, same)
-    return Journey(tuple(cuts), {**pictures, "truth": truth}, tint(both.rgb[:1], 1 - near, "#404040", 0.75), zones,
-                   [float(n.mean()) for n in near], "of the picture is scene A", passes)
+    zones = benchmark.compositing_zones(truth, torch.cat(bare), both.rgb[1:].expand_as(truth), things, front,
+                                        same)
+    shown = tint(both.rgb[:1], 1 - near, "#404040", 0.75)
+    return Journey(tuple(cuts), {**pictures, "truth": truth}, shown, zones, [float(n.mean()) for n in near],
+                   "of the picture is scene A", passes)
 
 
 def joint_caption(a, b, whole, least=30):
-    """The words for a composite: the things of A and B that show on at least `least` pixels of 128 x 128, in B's light."""
+    """The words for a composite: things of A and B that show on `least` pixels of 128 x 128, in B's light."""
     things, scale = a.things + b.things, (whole.ids.shape[-1] / scenes.SIZE) ** 2
     seen = [replace(t, on=None) for i, t in enumerate(things) if int((whole.ids == i).sum()) >= least * scale]
     return replace(b, camera=a.camera, things=tuple(seen[:4])).caption()
 
 
 def journey_view(journey, at, method):
-    """One stop: what is nearer, the chosen method's picture, the truth, and their difference: a PIL picture."""
+    """One stop: what is nearer, the chosen method's picture, the truth, their difference: a PIL picture."""
     k = journey.index(at)
     if method not in journey.pictures:
         raise ValueError(f"This journey has no {method!r}; it has {', '.join(journey.pictures)}.")
@@ -318,8 +331,8 @@ def journey_text(journey, at, method):
     said = []
     for zone in ("shadow", "shading"):
         mask = journey.zones[zone][k:k + 1]
-        few = mask.sum() < benchmark.LEAST
-        said.append(f"{zone} zone {'too small here' if few else f'{float(metrics.rmse(mine, truth, mask)):.3f}'}")
+        few, error = mask.sum() < benchmark.LEAST, float(metrics.rmse(mine, truth, mask))
+        said.append(f"{zone} zone {'too small here' if few else f'{error:.3f}'}")
     return (f"{method} at {at:.1f} m: {journey.hidden[k]:.0%} {journey.what}. Error beside the truth (RMSE): "
             f"{', '.join(said)}; {journey.passes.get(method, 0):.0f} U-Net passes.")
 
@@ -332,9 +345,10 @@ def journey_explorer(journey, css_class="depth-journey", method=None):
     names = list(journey.pictures)
     at = ipywidgets.SelectionSlider(options=stops, value=journey.ats[len(stops) // 2], description="depth",
                                     layout=wide, style=style)
-    choice = ipywidgets.Dropdown(options=names, value=method or names[0], description="method", layout=wide, style=style)
-    return panel(lambda at, method: (journey_view(journey, at, method), journey_text(journey, at, method)), css_class,
-                 at=at, method=choice)
+    choice = ipywidgets.Dropdown(options=names, value=method or names[0], description="method", layout=wide,
+                                 style=style)
+    draw = lambda at, method: (journey_view(journey, at, method), journey_text(journey, at, method))
+    return panel(draw, css_class, at=at, method=choice)
 
 
 def journey_strip(journey, methods, stops=5):
@@ -352,7 +366,8 @@ def journey_strip(journey, methods, stops=5):
 # ---------------------------------------------------------------- the lesson's stored pictures
 
 NAMES = {"paste2d": "2-D paste", "alpha": "depth-aware paste", "poisson": "Poisson blending",
-         "blended-latent": "blended latent", "latent-paste": "latent paste at one step", "inpaint": "inpainting model",
+         "blended-latent": "blended latent", "latent-paste": "latent paste at one step",
+         "inpaint": "inpainting model", "geometry": "depth's light, no model",
          "inject": "FeatGLaC, inject", "guide": "FeatGLaC, guide"}
 
 
@@ -362,12 +377,12 @@ def insertion_strip(pipe, inpainter, seed=EXAMPLE["SCENE"], steps=25):
     given = depth.from_metric(c.background_depth, **METRIC)
     images, labels = [c.background, c.foreground], ["the room", "cut-out, lit from elsewhere"]
     for name, words in NAMES.items():
-        edit = featglac.insert_object(pipe, c.background, given, c.foreground, c.prompts[2], f"{c.at:.6f}m", name,
-                                      steps=steps, generator=torch.Generator().manual_seed(0),
+        edit = featglac.insert_object(pipe, c.background, given, c.foreground, c.prompts[2], f"{c.at:.6f}m",
+                                      name, steps=steps, generator=torch.Generator().manual_seed(0),
                                       inpaint_pipe=inpainter if name == "inpaint" else None)
         images.append(edit.image.float().cpu())
         labels.append(words)
-    return [*images, zones_picture(c.truth, c.zones), c.truth], [*labels, "zones: shading, shadow", "the truth"]
+    return [*images, c.truth], [*labels, "the truth"]
 
 
 def make_figures(folder):
