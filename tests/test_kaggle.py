@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -221,6 +222,12 @@ def test_the_offline_dataset_holds_the_course(tmp_path):
 
 # ---------------------------------------------------------------- in a layout like Kaggle's
 
+def whole_course(folder):
+    """The course as a dataset, with all its data (a link: nothing there is written)."""
+    shutil.rmtree(project_copy(folder) / "data")
+    (folder / "data").symlink_to(REPO / "data")
+
+
 def session(python, attached, working, parameters):
     """Run the lesson's cells as a Kaggle session would: inputs mounted read-only, in an empty working folder."""
     given = nbformat.read(setup.run_notebook(LESSON, working.parent / "given.ipynb", parameters, prepare_only=True), 4)
@@ -241,7 +248,7 @@ def test_two_sessions_with_read_only_inputs(tmp_path, bare_python, mount):  # no
     """The course and the pictures are attached; the second session is shown the first one's output, and finishes."""
     from PIL import Image
     attached = tmp_path / "input"
-    project_copy(attached / mount.format("layers-in-depth"))
+    whole_course(attached / mount.format("layers-in-depth"))
     frames = attached / mount.format("frames")
     frames.mkdir(parents=True)
     for n in range(12):
@@ -267,7 +274,7 @@ def test_two_sessions_with_read_only_inputs(tmp_path, bare_python, mount):  # no
 def test_on_kaggle_without_gpus_it_stops_and_says_what_to_switch_on(tmp_path, bare_python):  # noqa: F811
     if engines.gpus():
         pytest.skip("there are GPUs here")
-    project_copy(tmp_path / "input" / "layers-in-depth")
+    whole_course(tmp_path / "input" / "layers-in-depth")
     (tmp_path / "a" / "working").mkdir(parents=True)
     done = session(bare_python, tmp_path / "input", tmp_path / "a" / "working", {"JOB_ONLY": True})
     assert "2 GPUs are wanted, and there are 0" in done.stdout + done.stderr
