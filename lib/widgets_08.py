@@ -218,12 +218,14 @@ def token_masks(mask, unet, size):
 
 # ---------------------------------------------------------------- inversion
 
-def round_trip(pipe, pictures, words, steps, refine=0, guidance_scale=1.0):
-    """Picture -> noise -> picture: (mean PSNR in dB, the noise). words: one text for each picture."""
-    z = latents.encode(pipe, pictures)
-    noise = diffusion.invert(pipe, z, words, steps, refine=refine).noise
-    back = latents.decode(pipe, diffusion.sample(pipe, words, steps, guidance_scale, latents=noise)).cpu()
-    return metrics.psnr(back, pictures).mean().item(), noise
+def round_trip(pipe, pictures, words, steps, refine=0, scales=(1.0,)):
+    """Picture -> noise -> picture: (mean PSNR in dB for each guidance scale of the way down, the noise).
+
+    pictures (B, 3, H, W), words: one text for each. The way up has guidance scale 1, the way down the given ones.
+    """
+    noise = diffusion.invert(pipe, latents.encode(pipe, pictures), words, steps, refine=refine).noise
+    back = lambda scale: latents.decode(pipe, diffusion.sample(pipe, words, steps, scale, latents=noise)).cpu()
+    return [metrics.psnr(back(scale), pictures).mean().item() for scale in scales], noise
 
 
 # ---------------------------------------------------------------- the relatives
