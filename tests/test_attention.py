@@ -347,3 +347,91 @@ def test_maps_name_what_is_wrong(tiny_pipe):
         attention.token_at((4, 4), 1.2, 0.5)
     with pytest.raises(ValueError, match="No cross-attention layer fits"):
         attention.select(tiny_pipe.unet, 0.125, "cross")
+
+
+# ---------------------------------------------------------------- rules, AdaIN, features (lesson 08)
+def sources(pipe, z, what="qkv", names="up_blocks.0.resnets.1", steps=2):
+    with attention.record(pipe.unet, what=what) as bank, attention.record_features(pipe.unet, names) as features:
+        run(pipe, z, steps, prompt="a box")
+    return bank, features
+
+
+def test_adain_gives_each_channel_the_references_mean_and_spread():
+    x, reference = rand(2, 50, 6) * 3 + 1, rand(2, 40, 6, seed=1) * torch.arange(1, 7) - 2
+    y = attention.adain(x, reference)
+    assert torch.allclose(y.mean(1), reference.mean(1), atol=1e-4)
+    assert torch.allclose(y.std(1), reference.std(1), rtol=1e-3)
+    assert torch.allclose(attention.adain(x, x), x, atol=1e-4)
+    normal = F.instance_norm(x.mT, eps=1e-12).mT  # torch divides by the biased spread
+    assert torch.allclose((y - reference.mean(1, keepdim=True)) / reference.std(1, keepdim=True),
+                          normal * (49 / 50) ** 0.5, atol=1e-3)
+
+
+def test_own_recordings_change_nothing_under_every_rule(tiny_pipe):
+    z = rand(1, 4, 16, 16)
+    plain, (bank, features) = run(tiny_pipe, z, 2, prompt="a box"), sources(tiny_pipe, z)
+    for rule in (attention.masactrl, attention.plug_and_play, attention.style_aligned):
+        with attention.steer(tiny_pipe.unet, bank, rule), attention.inject_features(tiny_pipe.unet, features):
+            assert torch.allclose(run(tiny_pipe, z, 2, prompt="a box"), plain, atol=1e-4)
+    assert not tiny_pipe.unet._forward_pre_hooks
+
+
+def test_masactrls_rule_is_replacement_and_each_rule_changes_something_else(tiny_pipe):
+    bank, features = sources(tiny_pipe, rand(1, 4, 16, 16, seed=5))
+    unet, plain = tiny_pipe.unet, run(tiny_pipe, steps=2)
+    with attention.inject(unet, bank, layers="up", window=(0.4, 1)):
+        wanted = run(tiny_pipe, steps=2)
+    with attention.steer(unet, bank, attention.masactrl, "up", (0.4, 1)):
+        results = [plain, run(tiny_pipe, steps=2)]
+    assert torch.allclose(results[1], wanted, atol=1e-4)  # `inject` blends, which rounds
+    for rule in (attention.plug_and_play, attention.style_aligned):
+        with attention.steer(unet, bank, rule):
+            results.append(run(tiny_pipe, steps=2))
+    with attention.inject_features(unet, features, window=(0.0, 0.6)):
+        results.append(run(tiny_pipe, steps=2))
+    assert all((a - b).abs().max() > 1e-4 for i, a in enumerate(results) for b in results[:i])
+    assert torch.equal(run(tiny_pipe, steps=2), plain)
+
+
+def test_one_recorded_picture_serves_a_guided_call(tiny_pipe):
+    bank, features = sources(tiny_pipe, rand(1, 4, 16, 16, seed=5))
+    twice = torch.cat([rand(1, 4, 16, 16)] * 2)
+    with attention.steer(tiny_pipe.unet, bank, attention.masactrl), attention.inject_features(tiny_pipe.unet, features):
+        a, b = run(tiny_pipe, twice, 2, scale=3.0, prompt=["a red chair"] * 2)
+    assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_an_injected_feature_is_what_the_next_module_gets(tiny_pipe):
+    unet, name = tiny_pipe.unet, "up_blocks.0.resnets.1"
+    _, features = sources(tiny_pipe, rand(1, 4, 16, 16, seed=5), names=name)
+    with torch.no_grad(), attention.inject_features(unet, features), attention.record_features(unet, name) as seen:
+        run(tiny_pipe, steps=2)
+    assert seen.timesteps == features.timesteps == [1, 501] and seen.size == (16, 16)
+    assert all(torch.equal(seen.at(t, name)["out"], features.at(t, name)["out"]) for t in seen.timesteps)
+
+
+def test_wrong_rules_banks_and_modules_are_named_and_all_is_restored(tiny_pipe):
+    unet, before = tiny_pipe.unet, dict(tiny_pipe.unet.attn_processors)
+    bank, features = sources(tiny_pipe, rand(1, 4, 16, 16, seed=5), what="kv")
+    for words, z, tool in [
+        ("asks for 'q'", None, lambda: attention.steer(unet, bank, attention.plug_and_play)),
+        ("Nothing was recorded", None, lambda: attention.steer(unet, attention.Bank([]), attention.masactrl)),
+        ("record one picture", rand(1, 4, 8, 8), lambda: attention.steer(unet, bank, attention.masactrl)),
+        ("record one picture", rand(1, 4, 8, 8), lambda: attention.inject_features(unet, features)),
+        ("no module 'up_blocks.9'", None, lambda: attention.record_features(unet, "up_blocks.9")),
+    ]:
+        with pytest.raises(ValueError, match=words), tool():
+            run(tiny_pipe, z, 2)
+    for tool in (attention.record_features(unet, "mid_block", window=(0.9991, 0.9999)),
+                 attention.steer(unet, bank, attention.masactrl, window=(0.9991, 0.9999))):
+        with pytest.raises(RuntimeError, match="never applied: 2"), tool:
+            run(tiny_pipe, steps=2)
+    with pytest.raises(RuntimeError, match="fired 0 times in 2"), attention.record_features(unet, "time_proj"):
+        forward, unet.time_proj = unet.time_proj, torch.nn.Identity()
+        unet.time_proj.forward = forward.forward
+        try:
+            run(tiny_pipe, steps=2)
+        finally:
+            unet.time_proj = forward
+    assert all(before[n] is p for n, p in unet.attn_processors.items()) and not unet._forward_pre_hooks
+    assert not any(m._forward_hooks for m in unet.modules())
