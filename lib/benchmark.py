@@ -47,7 +47,7 @@ TASKS = ("insertion", "compositing")
 LIGHT = 0.03            # a pixel belongs to the shadow zone above this mean difference of its channels
 LEAST = 16              # pixels a zone needs to count
 ZONES = ("shadow", "shading", "outside", "floor", "hole")
-BASELINES = ("paste2d", "alpha", "poisson", "blended-latent", "latent-paste", "inpaint")
+BASELINES = ("paste2d", "alpha", "geometry", "poisson", "blended-latent", "latent-paste", "inpaint")
 MECHANISMS = ("inject", "guide")
 SCORES = tuple(f"rmse_{z}" for z in ZONES) + ("psnr", "ssim", "feat_dist")
 SHEET_SCENES = 2        # scenes of each task on the picture sheet, if 150 kB hold them
@@ -434,8 +434,7 @@ def fingerprint(settings, models):
     digest = hashlib.sha256(repr(settings).encode())
     here = Path(__file__).parent
     for name in ("attention", "benchmark", "deglad", "depth", "diffusion", "featglac", "inpaint", "latents",
-                 "masks",
-                 "metrics", "scenes"):
+                 "light", "masks", "metrics", "scenes"):
         path = here / f"{name}.py"
         digest.update(path.read_bytes() if path.is_file() else b"")
     needed = [models.pipe.unet, models.pipe.vae, models.pipe.text_encoder, models.judge]
@@ -444,6 +443,7 @@ def fingerprint(settings, models):
     for module in needed:
         for key, value in module.state_dict().items():  # sums, not bytes: read once, on the model's device
             digest.update(f"{key}{float(value.float().sum())}{float(value.float().abs().sum())}".encode())
+    digest.update(repr(sorted(models.pipe.tokenizer.get_vocab().items())).encode())
     return digest.hexdigest()[:16]
 
 
@@ -783,6 +783,11 @@ VARIANTS = {
     "one sample": {"samples": 1},
     "layers noised instead of inverted": {"sources": "noised"},
     "no anchor outside the ring": {"anchor": 0.0},
+    "the model alone, without geometry": {"cast": 0.0, "shade": 0.0, "faint": 1.0, "own": 1.0},
+    "no cast shadow": {"cast": 0.0, "faint": 1.0},
+    "shading not turned": {"shade": 0.0, "own": 1.0},
+    "geometry alone around the object": {"faint": 0.0},
+    "geometry alone on the object": {"own": 0.0},
     "faint darkening ignored": {"quiet": 0.1},
     "residual decoding": {"decode": "residual"},
     "plain decoding": {"decode": "plain"},

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from . import scenes
 
 CACHE = Path(os.environ.get("LAYERS_TRAIN", Path(__file__).resolve().parents[1] / ".cache" / "train"))
+SHIPPED = Path(__file__).resolve().parents[1] / "data" / "models"
 CHUNK = 256
 MAX_TOKENS = 32
 
@@ -155,12 +156,21 @@ def make_scheduler():
 
 
 def make_tokenizer():
-    """A CLIP tokenizer with one token for every caption word (asserted)."""
+    """The CLIP tokenizer of the mini models, with one token for every caption word (asserted).
+
+    It is trained once and kept, in the cache or with the shipped model: the trainer breaks ties at random, so a second
+    one numbers some words otherwise, and a U-Net that goes on with it has to learn them anew.
+    """
     from transformers import CLIPTokenizer
-    words = scenes.vocabulary()
-    base = CLIPTokenizer()
-    tok = base.train_new_from_iterator([" ".join(words)] * 8 + words * 8, vocab_size=2000, show_progress=False)
-    tok.model_max_length = MAX_TOKENS
+    words, kept = scenes.vocabulary(), (CACHE / "tokenizer", SHIPPED / "mini" / "tokenizer")
+    folder = next((f for f in kept if (f / "tokenizer.json").exists()), None)
+    if folder:
+        tok = CLIPTokenizer.from_pretrained(folder)
+    else:
+        tok = CLIPTokenizer().train_new_from_iterator([" ".join(words)] * 8 + words * 8, vocab_size=2000,
+                                                      show_progress=False)
+        tok.model_max_length = MAX_TOKENS
+        tok.save_pretrained(kept[0])
     for word in words:
         ids = tok(word)["input_ids"]
         assert len(ids) == 3, f"{word!r} is {len(ids) - 2} tokens"
@@ -1031,7 +1041,7 @@ def main(argv=None) -> None:
     parser.add_argument("--scenes", type=int, default=12000, help="size of the corpus")
     parser.add_argument("--batch", type=int, default=0, help="batch size (default: the recipe's, made for a CPU)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "data" / "models")
+    parser.add_argument("--out", type=Path, default=SHIPPED)
     parser.add_argument("--packed", type=Path, default=CACHE / "packed", help="folder of pack and unpack")
     parser.add_argument("--only", nargs="*", default=list(_EXPORT), choices=list(_EXPORT), help="models to export")
     args = parser.parse_args(argv)
