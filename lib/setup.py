@@ -574,10 +574,13 @@ def times() -> dict:
     return json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
 
 
-def measure_times(out: Path | None = None) -> dict:
-    """Run every lesson at full size, one process each, and write seconds and peak memory to data/times.json."""
-    out, rows = Path(out or data_dir() / "times.json"), {}
-    for path in lessons():
+def measure_times(out: Path | None = None, numbers: tuple = ()) -> dict:
+    """Run lessons at full size, one process each, and write seconds and peak memory to data/times.json.
+
+    numbers: "06", "07", ... for those alone (the other rows stay); () = all."""
+    out = Path(out or data_dir() / "times.json")
+    rows = dict(times().get("lessons", {})) if numbers else {}
+    for path in [p for p in lessons() if not numbers or p.name[:2] in numbers]:
         copy = root() / "build" / "times" / path.name
         before = time.perf_counter()
         child = subprocess.Popen([sys.executable, "-m", "lib.setup", "run", str(path), str(copy)], cwd=root())
@@ -590,7 +593,7 @@ def measure_times(out: Path | None = None) -> dict:
         print(f"{path.name}: {rows[path.name[:2]]['seconds']} s, at most {memory:.2f} GB", flush=True)
     machine = {"cpu_cores": cpus(), "device": _device(), "python": platform.python_version()}
     machine |= {name: _installed(name) for name in ("torch", "diffusers", "transformers")}
-    result = {"machine": machine, "lessons": rows}
+    result = {"machine": machine, "lessons": dict(sorted(rows.items()))}
     part = out.with_name(out.name + ".part")
     part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
     os.replace(part, out)
@@ -672,7 +675,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--say", default="executed copy: ", help="words before the copy's path")
     ready = add("prepare", help="write all notebooks with SMOKE set, unexecuted, for the notebook tests")
     ready.add_argument("folder")
-    add("times", help="run all lessons at full size, write data/times.json and the README's table")
+    timing = add("times", help="run lessons at full size, write data/times.json and the README's table")
+    timing.add_argument("numbers", nargs="*", help="06 07 ...: these alone (default: all)")
     add("table", help="write the README's lesson table from data/times.json")
     add("floors", help="print the oldest versions that must work")
     add("keep", help="print constraints that keep this Python's torch, torchvision and numpy")
@@ -691,7 +695,7 @@ def main(words: list[str] | None = None) -> int:
             for path in prepare(args.folder, {"SMOKE": True}):
                 print(path)
         if args.command == "times":
-            measure_times()
+            measure_times(numbers=tuple(args.numbers))
             write_lesson_table()
         if args.command == "table":
             write_lesson_table()
