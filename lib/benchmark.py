@@ -747,8 +747,21 @@ def verdict(summary):
                 sure = "" if d["excludes_zero"] else ", which may be chance"
                 said.append(f"{change:.0%} {word} in the {zone} zone{sure}"
                             + (" (goal of half: reached)" if ours <= .5 * paste else ""))
-            lines.append(f"* {_TITLES[task]}: `{name}`'s error is {' and '.join(said)}.")
+            lines.append(f"* {_TITLES[task]}: `{name}`'s error is {' and '.join(said)}.{_without_model(t, name)}")
     return "Beside the depth-aware paste (the goal is half its error):\n\n" + "\n".join(lines)
+
+
+def _without_model(t, name):
+    """How much of that the depth map's light alone does, and whether the model's share may be chance."""
+    if "geometry" not in t["means"]:
+        return ""
+    said = []
+    for zone in ("shadow", "shading"):
+        alone, paste = (t["means"][m][f"rmse_{zone}"] for m in ("geometry", "alpha"))
+        sure = t["differences"][name]["geometry"][f"rmse_{zone}"]
+        better = "the model adds to that" if sure["mean"] < 0 else "the model takes from that"
+        said.append(f"{1 - alone / paste:.0%} ({zone}; {better if sure['excludes_zero'] else 'what the model adds may be chance'})")
+    return f" Without a model (`geometry`): {', '.join(said)}."
 
 
 def _between(path, name, body):
