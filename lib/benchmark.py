@@ -759,7 +759,7 @@ def _without_model(t, name):
     for zone in ("shadow", "shading"):
         alone, paste = (t["means"][m][f"rmse_{zone}"] for m in ("geometry", "alpha"))
         sure = t["differences"][name]["geometry"][f"rmse_{zone}"]
-        better = "the model adds to that" if sure["mean"] < 0 else "the model takes from that"
+        better = "the model adds to that" if sure["diff"] < 0 else "the model takes from that"
         said.append(f"{1 - alone / paste:.0%} ({zone}; {better if sure['excludes_zero'] else 'what the model adds may be chance'})")
     return f" Without a model (`geometry`): {', '.join(said)}."
 
