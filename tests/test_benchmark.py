@@ -357,3 +357,15 @@ def test_every_variant_is_a_setting_of_featglac():
     from lib import featglac
     for options in benchmark.VARIANTS.values():
         assert replace(featglac.Settings(), **options)
+
+
+def test_the_verdict_says_what_was_done_without_a_model():
+    means = {m: {"rmse_shadow": s, "rmse_shading": s} for m, s in (("alpha", 0.2), ("geometry", 0.15), ("inject", 0.1))}
+    sure = {"diff": -0.05, "excludes_zero": True}
+    differences = {m: {"rmse_shadow": sure, "rmse_shading": {**sure, "excludes_zero": m == "alpha"}}
+                   for m in ("alpha", "geometry")}
+    said = benchmark.verdict({"tasks": {"insertion": {"means": means, "differences": {"inject": differences}}}})
+    assert "50% smaller in the shadow zone (goal of half: reached)" in said
+    assert "25% (shadow; the model adds to that), 25% (shading; what the model adds may be chance)" in said
+    del means["geometry"]
+    assert "Without a model" not in benchmark.verdict({"tasks": {"insertion": {"means": means, "differences": {"inject": differences}}}})
