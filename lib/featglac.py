@@ -318,7 +318,7 @@ def compose_layers(
     """
     if mechanism not in MECHANISMS:
         raise ValueError(f"Unknown mechanism {mechanism!r}; known: {', '.join(MECHANISMS)}.")
-    own = {} if settings or mechanism in ("inject", "guide") else BASELINE
+    own = {} if settings or mechanism in ("inject", "guide", "geometry") else BASELINE
     chosen = _settings(settings, {**own, **options})
     if chosen.negative_prompt is None:
         chosen = replace(chosen, negative_prompt=opposite_light(prompt))
@@ -450,8 +450,9 @@ def _fov(options):
 
 
 NAMES = {f.name for f in fields(Settings)}
-#: What the latent baselines do best with; the defaults of `Settings` are those of inject and guide.
-BASELINE = {"guidance_scale": 2.0, "negative_prompt": ""}
+#: What the latent baselines do best with; the defaults of `Settings` are those of inject and guide. The depth map's light
+#: is this course's addition, not theirs.
+BASELINE = {"guidance_scale": 2.0, "negative_prompt": "", "cast": 0.0, "shade": 0.0, "faint": 1.0, "own": 1.0}
 #: `compose` starts lower and smoother: a layer of many things is less wrong in its light than one cut-out.
 COMPOSE = {"noise_level": 0.35, "guidance_scale": 6.0, "smooth": 0.08, "ring": 0.8}
 
