@@ -320,5 +320,4 @@ def make_figures(folder):
     task = case(pipe)
     return [show.sheet(*blend_strip(task), folder / "08_blend.png", columns=3, scale=2),
             show.sheet(*explorer_strip(task), folder / "08_explorer.png", columns=3, scale=2),
-            show.sheet(*grid_strip(task), folder / "08_grid.png", columns=4, scale=2),
             show.sheet(*relatives_strip(pipe), folder / "08_relatives.png", columns=3, scale=2)]
