@@ -61,6 +61,12 @@ def word_map(bank, layers, t, key, size):
     return torch.stack([F.interpolate(m, size=size, mode="nearest") for m in maps]).mean(0)
 
 
+def noun_places(listed, names):
+    """Where the noun of each (colour, noun) name stands in `words_of` a prompt; None where the prompt leaves it out."""
+    after = {(first, second): place for (_, first), (place, second) in zip(listed, listed[1:])}
+    return [after.get((name[0], name[-1])) for name in names]
+
+
 def words_of(pipe, prompt):
     """The tokens of a prompt as (place, text) pairs, without the start and end marks."""
     ids = pipe.tokenizer(prompt, truncation=True).input_ids
@@ -365,19 +371,20 @@ def explorer_strip(pipe, at=(0.64, 0.6), times=(701, 201, 41), numbers=(1, 2, 9,
     return images, labels
 
 
-def words_strip(pipe, words=("red", "blue", "white", "chair"), times=(801, 401, 41)):
-    """Which places look at a word: one row for each timestep. Returns (pictures, labels)."""
+def words_strip(pipe, times=(801, 401, 41)):
+    """Which places look at each thing's own noun: one row for each timestep. Returns (pictures, labels)."""
     from lib import scenes
 
     scene = scenes.sample(PICTURE)
-    picture = scenes.render(scene).rgb
-    bank = record_looks(pipe, picture, scene.caption(), times, kind="cross")
+    picture, prompt = scenes.render(scene).rgb, scene.caption()
+    bank = record_looks(pipe, picture, prompt, times, kind="cross")
     layers = [x for x in attention.layers(pipe.unet, "cross") if x.fraction >= 0.5]     # 4 x 4 squares say little
-    places = {word: place for place, word in reversed(words_of(pipe, scene.caption()))}
+    names = [thing.name.split() for thing in scene.things]
+    nouns = noun_places(words_of(pipe, prompt), names)
     images, labels = [], []
     for t in times:
-        images += [picture, *(heat(picture, word_map(bank, layers, t, places[word], bank.size)) for word in words)]
-        labels += [f"t = {t}", *(f'"{word}"' for word in words)]
+        images += [picture, *(heat(picture, word_map(bank, layers, t, place, bank.size)) for place in nouns)]
+        labels += [f"t = {t}", *(f'"{name[-1]}" after "{name[0]}"' for name in names)]
     return images, labels
 
 

@@ -451,3 +451,19 @@ def test_the_opposite_light_is_the_negative_prompt(tiny_pipe, scene):
     assert negative("inject") == "a box light from the right"
     assert negative("inject", negative_prompt="dark") == "dark"
     assert negative("blended-latent") == ""
+
+
+def test_the_depth_maps_light_belongs_to_inject_and_guide_and_needs_metres(tiny_pipe, scene):
+    """Published baselines must not borrow it, or the board would compare it with itself."""
+    background, foreground, _ = scene
+    ramp = torch.linspace(9, 1, 128).view(1, 1, 128, 1).expand(1, 1, 128, 128) / 9
+    run = lambda mechanism, kind: featglac.insert_object(
+        tiny_pipe, background, DepthMap(ramp, kind, 0.0, 9.0), foreground, "a red box", 0.3, mechanism,
+        steps=2, generator=gen(), samples=1
+    )
+    for mechanism in featglac.MECHANISMS:
+        if mechanism != "inpaint":
+            assert (run(mechanism, "metric").light is not None) == (mechanism in ("inject", "guide", "geometry"))
+    assert run("inject", "relative").light is None
+    with pytest.raises(ValueError, match="depth in metres"):
+        run("geometry", "relative")

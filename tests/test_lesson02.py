@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import attention, checks, checks_02, diffusion, scenes, setup, show
+from lib import attention, checks, checks_02, diffusion, models, scenes, setup, show
 from lib import widgets_02 as draw
 
 PATH = Path(__file__).resolve().parents[1] / "notebooks" / "02_self_attention.ipynb"
@@ -264,8 +264,34 @@ def test_explorer_works_without_anywidget(looked, monkeypatch):
 def test_strips_of_the_explorer_and_of_the_words(tiny_pipe):
     images, labels = draw.explorer_strip(tiny_pipe, times=(41,), numbers=(1, 10))
     assert len(images) == len(labels) == 3 and labels[1] == "layer 1: down, 16x16"
-    images, labels = draw.words_strip(tiny_pipe, words=("red", "chair"), times=(401,))
-    assert labels == ["t = 401", '"red"', '"chair"'] and all(x.shape == (1, 3, 128, 128) for x in images)
+    images, labels = draw.words_strip(tiny_pipe, times=(401,))
+    assert labels == ["t = 401", *(f'"chair" after "{c}"' for c in ("orange", "white", "red", "blue"))]
+    assert all(x.shape == (1, 3, 128, 128) for x in images)
+
+
+def test_each_noun_of_the_stored_picture_is_read_at_its_own_thing():
+    """What the text and the picture's words (alt) say, of the shipped weights: a failure means they must be rewritten."""
+    pipe = models.load("mini", quiet=True)
+    scene = scenes.sample(draw.PICTURE)
+    made, prompt = scenes.render(scene), scene.caption()
+    bank = draw.record_looks(pipe, made.rgb, prompt, (801, 41), kind="cross")
+    layers = [x for x in attention.layers(pipe.unet, "cross") if x.fraction >= 0.5]
+    listed, names = draw.words_of(pipe, prompt), [thing.name.split() for thing in scene.things]
+    nouns, colours = draw.noun_places(listed, names), [dict((w, p) for p, w in listed)[name[0]] for name in names]
+
+    def lift(place, thing, t):
+        m = draw.word_map(bank, layers, t, place, bank.size)
+        inside = F.adaptive_avg_pool2d((made.ids == thing).float(), m.shape[-2:])
+        return float((m * inside).sum() / inside.sum() / m.mean())
+
+    for i, (noun, colour) in enumerate(zip(nouns, colours)):
+        assert lift(noun, i, 41) > 3 and lift(noun, i, 41) > lift(noun, i, 801)
+        assert all(lift(noun, i, 41) > 1.5 * lift(other, i, 41) for other in [*nouns[:i], *nouns[i + 1:], colour])
+
+
+def test_nouns_are_found_behind_their_own_colour():
+    listed = list(enumerate("a red chair behind a blue chair".split(), 1))
+    assert draw.noun_places(listed, [["blue", "chair"], ["red", "chair"], ["red", "ball"]]) == [7, 3, None]
 
 
 def test_a_frame_is_drawn_around_the_right_token():

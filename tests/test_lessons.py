@@ -8,7 +8,8 @@ from lib import setup, show
 
 LESSONS = setup.lessons()
 each_lesson = pytest.mark.parametrize("path", LESSONS, ids=[path.name[:2] for path in LESSONS])
-LINES, WIDTH = {"00": 13, "01": 14, "02": 15, "03": 15, "04": 16, "14": 17, "15": 36}, {"02": 122, "04": 122}   # of a code cell
+LINES, WIDTH = {"00": 13, "01": 14, "02": 15, "03": 15, "04": 16, "14": 17, "15": 15}, {"02": 122, "04": 122}   # of a code cell
+PARAMETERS = {"15": 32}    # a batch has many: one line each
 RESULT = r"show\.(pictures|depth|table)\(|plt\.subplots|_explorer\(|depth_threshold\("
 
 
@@ -41,7 +42,8 @@ def test_cells_are_short_and_named(path):
         assert re.fullmatch(r"[a-z][a-z0-9-]+", cell.id)
         if cell.id != "setup":
             lines = cell.source.splitlines()
-            assert len(lines) <= LINES.get(number, 14), f"cell {cell.id} is long"
+            most = PARAMETERS.get(number) if cell.id == "parameters" else None
+            assert len(lines) <= (most or LINES.get(number, 14)), f"cell {cell.id} is long"
             assert max(map(len, lines)) <= WIDTH.get(number, 126), f"cell {cell.id} has a long line"
 
 
