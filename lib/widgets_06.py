@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from lib import depth, masks, scenes, show
 from lib.widgets import panel, slider

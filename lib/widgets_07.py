@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lib import deglad, depth, inpaint, scenes, show, widgets
+from lib import deglad, depth, scenes, show, widgets
 from lib.masks import dilate, erode
 from lib.scenes import Scene
 

@@ -31,7 +31,7 @@ def test_each_wrong_answer_gets_its_own_message(name, wrong, capsys):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_check_is_complete(name):
     item = checks.find(name)
-    assert len(item.wrongs) >= 3 and len({w.message for w in item.wrongs}) == len(item.wrongs)
+    assert len(item.wrongs) >= 4 and len({w.message for w in item.wrongs}) == len(item.wrongs)
     assert len(item.hints) == 3 and item.praise.endswith(".")
     assert "def " in checks.source_of(name)
 

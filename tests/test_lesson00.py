@@ -3,7 +3,6 @@ import re
 from pathlib import Path
 
 import nbformat
-import pytest
 import torch
 
 from lib import checks, scenes, setup, show, widgets
@@ -12,7 +11,9 @@ PATH = Path(__file__).resolve().parents[1] / "notebooks" / "00_start_here.ipynb"
 LESSON = nbformat.read(PATH, as_version=4)
 CODE = {c.id: c.source for c in LESSON.cells if c.cell_type == "code"}
 WORDS = "\n".join(c.source for c in LESSON.cells if c.cell_type == "markdown")
-EXERCISES = ("metres_to_depth", "foreground_mask", "paste_at_depth")
+ANSWERS = {"metres_to_depth": "return ((z - near) / (far - near)).clamp(0, 1)",
+           "foreground_mask": "return (depth < d).float()",
+           "paste_at_depth": "a = layer[:, 3:] * (depth >= at)\n    return layer[:, :3] * a + image * (1 - a)"}
 GLOSSARY = {"zero-shot": "không cần huấn luyện lại", "diffusion model": "mô hình khuếch tán",
             "depth-aware": "nhận biết độ sâu", "occlusion": "sự che khuất",
             "inpainting / image completion": "vẽ bù, điền khuyết", "latent space": "không gian tiềm ẩn",
@@ -62,24 +63,6 @@ def run_cell(name, **names):
     space = {"check": checks.check, "hint": checks.hint, "reveal": checks.reveal, **names}
     exec(CODE[name], space)
     return space
-
-
-@pytest.mark.parametrize("number, name", enumerate(EXERCISES, 1))
-def test_untouched_exercise_says_not_attempted_yet(number, name, capsys):
-    run_cell(f"ex{number}-code")
-    assert f"[todo] {name}: not attempted yet" in capsys.readouterr().out
-    assert checks.RESULTS[name].status == "todo"
-
-
-@pytest.mark.parametrize("number, name", enumerate(EXERCISES, 1))
-def test_a_right_answer_written_into_the_cell_passes(number, name, capsys):
-    answers = {"metres_to_depth": "return ((z - near) / (far - near)).clamp(0, 1)",
-               "foreground_mask": "return (depth < d).float()",
-               "paste_at_depth": "a = layer[:, 3:] * (depth >= at)\n    return layer[:, :3] * a + image * (1 - a)"}
-    source = CODE[f"ex{number}-code"]
-    assert source.count("    ...\n") == 1
-    exec(source.replace("    ...\n", f"    {answers[name]}\n"), {"check": checks.check})
-    assert f"[ok] {name}" in capsys.readouterr().out
 
 
 def test_the_d_of_the_text_separates_table_and_chair():

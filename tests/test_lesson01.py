@@ -69,20 +69,6 @@ def test_no_split_is_mixed():
 
 # ---------------------------------------------------------------- exercises
 
-@pytest.mark.parametrize("number, name", enumerate(ANSWERS, 1))
-def test_untouched_exercise_says_not_attempted_yet(number, name, capsys):
-    exec(CODE[f"ex{number}-code"], {"check": checks.check})
-    assert f"[todo] {name}: not attempted yet" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("number, name", enumerate(ANSWERS, 1))
-def test_a_right_answer_written_into_the_cell_passes(number, name, capsys):
-    source = CODE[f"ex{number}-code"]
-    assert source.count("    ...\n") == 1
-    exec(source.replace("    ...\n", f"    {ANSWERS[name]}\n"), {"check": checks.check, "torch": torch})
-    assert f"[ok] {name}" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("name", ANSWERS)
 def test_the_usual_mistakes_are_many_and_the_answer_is_not_in_the_lesson(name):
     assert len(checks.find(name).wrongs) >= 4

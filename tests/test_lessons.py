@@ -1,10 +1,14 @@
 """What every lesson has in common, beyond the form of every notebook (tests/test_notebooks.py)."""
+import importlib
 import re
 
 import nbformat
+import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
-from lib import setup, show
+from lib import checks, setup, show
 
 LESSONS = setup.lessons()
 each_lesson = pytest.mark.parametrize("path", LESSONS, ids=[path.name[:2] for path in LESSONS])
@@ -66,3 +70,39 @@ def test_exercises_and_questions(path):
     assert [head[0] for head in heads] == [str(k + 1) for k in range(len(heads))] and 3 <= len(heads) <= 5
     assert len(re.findall(r"<details><summary>.+?</summary>.+?</details>", words, re.S)) >= 3
     assert "**Errata.**" in words and "**(!)**" in words
+
+
+# ---------------------------------------------------------------- exercises (wrong answers: tests/test_checks.py)
+def exercises():
+    """(path, cell, name, right answer) of all lessons; the right ones stand in ANSWERS of tests/test_lessonNN.py."""
+    for path in LESSONS:
+        answers = importlib.import_module(f"test_lesson{path.name[:2]}").ANSWERS
+        cells = {c.id: c.source for c in cells_of(path, "code")}
+        for number, (name, answer) in enumerate(answers.items(), 1):
+            right = answer if isinstance(answer, str) else answer[0]
+            yield pytest.param(cells[f"ex{number}-code"], name, right, id=f"{path.name[:2]}-{name}")
+
+
+each_exercise = pytest.mark.parametrize("cell, name, right", exercises())
+GIVEN = dict(check=checks.check, hint=checks.hint, reveal=checks.reveal, torch=torch, np=np, F=F)
+
+
+@each_lesson
+def test_every_exercise_has_a_right_answer_here(path):
+    answers = importlib.import_module(f"test_lesson{path.name[:2]}").ANSWERS
+    cells = [c for c in cells_of(path, "code") if re.fullmatch(r"ex\d-code", c.id)]
+    assert len(cells) == len(answers)
+
+
+@each_exercise
+def test_untouched_exercise_says_not_attempted_yet(cell, name, right, capsys):
+    exec(cell, dict(GIVEN))
+    assert f"[todo] {name}: not attempted yet" in capsys.readouterr().out
+    assert checks.RESULTS[name].status == "todo"
+
+
+@each_exercise
+def test_a_right_answer_written_into_the_cell_passes(cell, name, right, capsys):
+    assert cell.count("    ...\n") == 1
+    exec(cell.replace("    ...\n", f"    {right}\n"), dict(GIVEN))
+    assert f"[ok] {name}" in capsys.readouterr().out
