@@ -8,6 +8,9 @@ That direction is looked for in two witnesses, and the best few of a grid of dir
 `change` turns what was found into a factor: shadows on the surroundings, another shading of the thing (Lambert's law
 on normals from its depth, or from its outline blown up), and a layer's own old shadows lifted.
 
+It believes in one sun, in matt surfaces, and in an ambient light that is the middle of the Miniature's own: knowledge
+of the world that it is measured in, which a photograph need not share.
+
 Coordinates are the camera's: x to the right, y up, z into the picture; metres. A depth map shows only front sides,
 so a thing is taken to have a thickness, and rays are followed through the map: screen-space shadows.
 """
@@ -20,9 +23,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from . import deglad, depth
+from .scenes import Camera
+
 AZIMUTHS = tuple(range(-180, 180, 12))   # degrees from straight ahead, positive = from the right
 ELEVATIONS = (18, 27, 36, 48)            # degrees above the camera's horizon
-AMBIENT = 0.28                           # of the sun's light; what stands in shadow gets this much
+AMBIENT = 0.28                           # of the sun's light; what stands in shadow gets this much (the Miniature's middle)
 USUAL = 0.43                             # log of lit / shadowed floor on a screen: AMBIENT under a sun 26 degrees high
 
 
@@ -82,23 +88,15 @@ class Space:
             return self.thickness
         seen = self.opaque[0, 0] > 0.5
         at = float(self.caster[0, 0][seen].median()) if seen.any() else 0.0
-        return max(0.05, 0.8 * int(seen.any(0).sum()) * at / focal(seen.shape[0], self.fov))
+        return max(0.05, 0.8 * int(seen.any(0).sum()) * at / depth.pinhole(seen.shape, self.fov)[0])
 
 
 def points(metres: torch.Tensor, fov: float, centre=(0.5, 0.5)) -> torch.Tensor:
     """Depth along the camera's axis (B, 1, H, W), metres -> points (B, 3, H, W). fov, centre: as in `Space`."""
-    h, w = metres.shape[-2:]
-    f = focal(h, fov)
-    y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
-    rays = torch.stack([(x - centre[0] * w) / f, (centre[1] * h - y) / f, torch.ones_like(x)])
-    return rays.to(metres) * metres
-
-
-def focal(height: int, fov: float) -> float:
-    """Focal length in pixels of a pinhole camera with a vertical field of view of `fov` degrees."""
-    if not 5 <= fov <= 150:
-        raise ValueError(f"fov is the vertical field of view in degrees (5 to 150), not {fov}.")
-    return height / 2 / math.tan(math.radians(fov / 2))
+    f = depth.pinhole(metres.shape[-2:], fov)[0]
+    p = depth.unproject(metres, Camera(height=0.0, pitch=0.0, fov=fov))
+    aside = torch.tensor([(0.5 - centre[0]) * metres.shape[-1] / f, (centre[1] - 0.5) * metres.shape[-2] / f, 0.0])
+    return p + aside.to(p).view(1, 3, 1, 1) * metres
 
 
 def normals(p: torch.Tensor) -> torch.Tensor:
@@ -183,7 +181,7 @@ def shadows(p, caster, alpha, to_light, fov, thickness, centre=(0.5, 0.5), steps
     windows, or the room would be dark).
     """
     h, w = caster.shape[-2:]
-    f = focal(h, fov)
+    f = depth.pinhole((h, w), fov)[0]
     both = torch.cat([caster, alpha], 1).expand(len(to_light), -1, -1, -1)
     out = torch.zeros(len(to_light), 1, *p.shape[-2:])
     inside = torch.zeros_like(out)
@@ -340,10 +338,5 @@ def _smaller(x, side):
 
 
 def _blur(x, share=0.05):
-    """Gaussian blur (B, 1, h, w) with a sigma of `share` of the shorter side; the border's pixels are repeated."""
-    sigma = share * min(x.shape[-2:])
-    reach = max(1, round(2.5 * sigma))
-    k = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / max(sigma, 0.1)) ** 2)
-    k = (k / k.sum()).to(x)
-    x = F.pad(x, (reach,) * 4, mode="replicate")
-    return F.conv2d(F.conv2d(x, k[None, None, None]), k[None, None, :, None])
+    """Gaussian blur with a sigma of `share` of the shorter side."""
+    return deglad.blur(x, share * min(x.shape[-2:]))

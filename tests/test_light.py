@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lib import light, scenes
+from lib import depth, light, scenes
 
 SIZE = 128
 
@@ -42,7 +42,7 @@ def test_a_window_of_the_picture_has_the_same_points():
     scene, made = room(1)
     whole = light.points(made.depth[:1], scene.camera.fov)
     box = (..., slice(30, 94), slice(50, 114))
-    fov = math.degrees(2 * math.atan(32 / light.focal(SIZE, scene.camera.fov)))
+    fov = math.degrees(2 * math.atan(32 / depth.pinhole((SIZE, SIZE), scene.camera.fov)[0]))
     part = light.points(made.depth[:1][box], fov, ((64 - 50) / 64, (64 - 30) / 64))
     assert torch.allclose(part, whole[box], atol=1e-4)
 
@@ -70,15 +70,15 @@ def test_a_disc_is_blown_up_to_a_ball():
 
 def test_an_upright_board_throws_its_shadow_where_geometry_says():
     """A floor 1 m below the camera, a board of 1 m at z = 4, light from behind the board at 45 degrees."""
-    y = (SIZE / 2 - torch.arange(SIZE) - 0.5) / light.focal(SIZE, 60)
+    y = (SIZE / 2 - torch.arange(SIZE) - 0.5) / depth.pinhole((SIZE, SIZE), 60)[0]
     z = torch.where(y < -0.1, -1 / y, 10.0).view(1, 1, SIZE, 1).expand(1, 1, SIZE, SIZE)
     p = light.points(z, 60)
-    row = lambda metres_up: SIZE / 2 - metres_up / 4 * light.focal(SIZE, 60)
+    row = lambda metres_up: SIZE / 2 - metres_up / 4 * depth.pinhole((SIZE, SIZE), 60)[0]
     board = torch.zeros(1, 1, SIZE, SIZE)
     board[..., round(row(0)):round(row(-1)), 56:72] = 1
     got = light.shadows(p, torch.full_like(z, 4.0), board, light.direction(0, 45)[None], 60, 0.3, steps=200)
     on_floor = p[0, 1] < -0.99
-    expected = on_floor & (p[0, 2] > 3.0) & (p[0, 2] < 4.0) & (p[0, 0].abs() < 8 / light.focal(SIZE, 60) * 4)
+    expected = on_floor & (p[0, 2] > 3.0) & (p[0, 2] < 4.0) & (p[0, 0].abs() < 8 / depth.pinhole((SIZE, SIZE), 60)[0] * 4)
     wrong = ((got[0, 0].bool() & on_floor) ^ expected) & (p[0, 2] < 4.0)  # beyond: the board's own thickness
     assert expected.sum() > 150 and wrong.sum() < 0.25 * expected.sum()
 
