@@ -4,13 +4,14 @@
 shell. Every stop is edited beforehand, so moving the slider is instant; a journey knows the truth at each stop.
 """
 import csv
+import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from lib import attention, benchmark, depth, diffusion, featglac, latents, metrics, scenes, show
+from lib import attention, benchmark, depth, diffusion, featglac, latents, light, metrics, scenes, show
 from lib.widgets import panel
 
 EXAMPLE = {"SCENE": 20005057, "PAIR": 20005008, "ROOM": 20005025}   # the lesson's own; a test compares them
@@ -136,6 +137,15 @@ def worst(rows, task, key, mechanism="inject", baseline="alpha", skip=()):
     return int(seed), by[mechanism][seed], by[baseline][seed]
 
 
+def flips(rows, task, mechanism):
+    """(lost, won, seen): rooms whose order the judge finds right in the truth and wrong in the edit, the other way
+    round, and all rooms that have an order."""
+    mine = [r for r in rows if (r["task"], r["mechanism"]) == (task, mechanism)]
+    said = [(number(r, "order"), number(r, "order_truth")) for r in mine]
+    said = [(edit, truth) for edit, truth in said if edit == edit and truth == truth]
+    return sum(edit < truth for edit, truth in said), sum(edit > truth for edit, truth in said), len(said)
+
+
 def differences(rows, task, key, against=None):
     """All names of a stored table against one (or the first): (name, difference, low, high) for `intervals`."""
     by = {}
@@ -216,6 +226,42 @@ def small_sd():
         return benchmark.random_sd(benchmark.TINY)
     finally:
         logging.set_verbosity(before)
+
+
+# ---------------------------------------------------------------- what the depth map's light does not know
+
+def toward(sun, camera):
+    """A scene's sun as a `light.Light` known for sure, in the camera's coordinates (it looks down by its pitch)."""
+    (x, y, z), p = sun.direction(), math.radians(camera.pitch)
+    to = torch.tensor([x, y * math.cos(p) + z * math.sin(p), z * math.cos(p) - y * math.sin(p)]).float()
+    azimuth, elevation = math.degrees(math.atan2(to[0], to[2])), math.degrees(math.asin(to[1]))
+    return light.Light(to[None], torch.ones(1), azimuth, elevation, math.inf)
+
+
+def told(c):
+    """The depth map's light, told more and more of the truth: ({what it is told: picture}, degrees, nats).
+
+    c: an insertion case of `benchmark.case`. Each picture (1, 3, H, W) is the depth-aware paste times what
+    `light.change` says, no model in it; the first is the mechanism "geometry". degrees: how far off the direction
+    was that was found there, and nats: the evidence for it.
+    """
+    found, s = scenes.insertion_case(c.seed), featglac.Settings()
+    scene, z, alpha = found["scene"], c.background_depth, c.foreground[:, 3:]
+    new, old = (toward(sun, scene.camera) for sun in (scene.sun, found["sun"]))
+    flat = light.Space(c.background, z, z, torch.full_like(z, c.at), alpha, s.fov, colour=c.foreground[:, :3])
+    own = scenes.render(replace(scene, things=(scene.things[found["index"]],)), size=z.shape[-1]).depth
+    solid = replace(flat, caster=torch.where(alpha > 0.5, own, flat.caster), before=old, fov=scene.camera.fov,
+                    shape=light.normals(light.points(own, scene.camera.fov)))
+    guess, occluder = light.find(flat), (z < c.at).float()
+    cases = {"nothing: it looks for the light": (flat, guess, s.cast, s.shade),
+             "where the sun stands": (flat, new, s.cast, s.shade),
+             "and the object's shape and old light": (solid, new, s.cast, s.shade),
+             "the same, believed in full": (solid, new, 1.0, 1.0)}
+    in_front = occluder * (torch.nn.functional.max_pool2d(alpha, 3, 1, 1) > 0)
+    relit = {name: featglac.over(c.paste, in_front, (c.paste * light.change(*given).exp()).clamp(0, 1))
+             for name, given in cases.items()}
+    cosine = float((guess.directions[0] * new.directions[0]).sum().clamp(-1, 1))
+    return relit, math.degrees(math.acos(cosine)), guess.evidence
 
 
 # ---------------------------------------------------------------- journeys through depth

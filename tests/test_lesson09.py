@@ -220,6 +220,22 @@ def test_zones_are_drawn_and_light_is_a_logarithm():
     assert torch.allclose(draw.light_change(truth * 2, truth), torch.tensor((1.02 / 0.52)).log2().expand(1, 1, 8, 8))
 
 
+def test_the_depth_maps_light_is_told_the_truth_step_by_step(tiny_pipe):
+    """Told nothing it is the mechanism "geometry"; told all, the object is nearer to its true shading."""
+    from lib import depth, metrics
+    c = benchmark.case("insertion", scenes.seeds("val", 1)[0])
+    relit, degrees, nats = draw.told(c)
+    given = depth.from_metric(c.background_depth, **draw.METRIC)
+    alone = featglac.insert_object(tiny_pipe, c.background, given, c.foreground, "", f"{c.at:.6f}m", "geometry")
+    first, *_, last = relit.values()
+    assert torch.allclose(first, alone.image, atol=1e-5) and nats == pytest.approx(alone.light.evidence, rel=1e-4)
+    error = lambda x: float(metrics.rmse(x, c.truth, c.zones["shading"]))
+    assert error(last) < error(first) < error(c.paste) and 0 <= degrees <= 180
+    scene = scenes.insertion_case(c.seed)["scene"]
+    known = draw.toward(scene.sun, scene.camera)
+    assert known.directions.norm() == pytest.approx(1, abs=1e-5) and abs(known.azimuth - scene.sun.azimuth) < 25
+
+
 def test_charts_are_drawn():
     each = {"rmse_shadow": 0.2, "rmse_shading": 0.1, "passes": 50}
     chart = draw.cost_plot({name: each for name in ("alpha", "inject", "vae", "plain-cfg")}, "t")
@@ -251,6 +267,13 @@ def test_the_largest_board_is_read_and_the_worst_room_is_found(tmp_path):
     assert means["alpha"] == {"rmse_shadow": pytest.approx(0.2), "passes": 7}
     ((name, d, low, high),) = draw.differences(read, "insertion", "rmse_shadow", against="alpha")
     assert name == "inject" and d == pytest.approx(0.0, abs=1e-9) and low <= d <= high
+
+
+def test_rooms_whose_order_was_lost_or_won_are_counted():
+    rows = [{"task": "insertion", "mechanism": m, "order": o, "order_truth": t}
+            for m, o, t in (("inject", "0.0", "1.0"), ("inject", "1.0", "1.0"), ("inject", "1.0", "0.0"), ("inject", "", "1.0"),
+                            ("alpha", "0.0", "1.0"))]
+    assert draw.flips(rows, "insertion", "inject") == (1, 1, 3)
 
 
 def test_the_repositorys_own_board_has_all_methods():
