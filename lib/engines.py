@@ -268,6 +268,9 @@ def _ray_result(cluster, ref, tries, number) -> bool:
         cause = getattr(error, "cause", None) or error
         if isinstance(cause, (OutputError, Refused)):
             raise cause from error
+        if not any(node["Alive"] for node in cluster.nodes()):
+            raise RuntimeError("Ray has lost its last node. Nothing that was done is lost: run the same command "
+                               "again.") from error
         tries[number] += 1
         if tries[number] >= Worker.TRIES:
             raise RuntimeError(f"shard {number} failed {Worker.TRIES} times: {batch.explain(cause)}") from error

@@ -8,6 +8,7 @@ another number of workers and another engine. At the end: every input has exactl
 left over, and every picture is bit for bit that of a second, undisturbed run.
 """
 import argparse
+import contextlib
 import errno
 import os
 import random
@@ -152,7 +153,11 @@ def start(words, log, trouble=""):
 
 
 def program(process) -> str:
-    return Path((process.cmdline() or [""])[0]).name
+    """The name of what it runs; "" for one that is dead."""
+    try:
+        return Path((process.cmdline() or [""])[0]).name
+    except psutil.Error:
+        return ""
 
 
 def kill_one(process, rng) -> str:
@@ -170,6 +175,17 @@ def kill_one(process, rng) -> str:
         return ""
 
 
+def await_work(process, folder, since, most=120):
+    """Wait until somebody works on a shard since then, or the process is over: a kill before that tests the start
+    of Python only."""
+    while process.poll() is None and time.time() < since + most:
+        for path in (folder / "claims").glob("[0-9]*"):
+            with contextlib.suppress(OSError):                    # released meanwhile
+                if path.stat().st_mtime >= since:
+                    return
+        time.sleep(0.02)
+
+
 def disturb(folder, source, kills, rng, pack, slow, shard_size, log, pause, engines):
     """Start, kill, start again, until so many kills have hit. Returns what happened, counted."""
     seen, process, jobs_left = Counter(), None, True
@@ -179,10 +195,13 @@ def disturb(folder, source, kills, rng, pack, slow, shard_size, log, pause, engi
             engine = rng.choice(engines) if (folder / "run.json").exists() else "local"
             trouble = rng.choices(("", "full", "readonly"), (8, 1, 1))[0] if engine != "ray" else ""
             workers = rng.randrange(1, 4)
+            since = time.time()
             process = start(command(folder, source, workers, engine, pack, slow, shard_size), log, trouble)
+            if rng.random() < 0.9:                                # one in ten dies young
+                await_work(process, folder, since)
             seen[f"starts of {engine}"] += 1
             seen[f"disk {trouble}"] += bool(trouble)
-        time.sleep(rng.uniform(*pause) + 6 * (engine == "ray"))   # which takes some seconds to come up
+        time.sleep(rng.uniform(*pause))
         hit = kill_one(process, rng)
         seen[hit] += bool(hit)
         if hit == "parent":
@@ -211,6 +230,12 @@ def drill(images=600, kills=6, folder=None, seed=0, pack="files", slow=0.002, sh
             break
     say(f"{dict(sorted(seen.items()))} in {time.time() - begin:.0f} s; exit code of the last run: {last.returncode}")
     wrong = faults(disturbed, clean) + ([] if last.returncode == 0 else ["the last run did not end well"])
+    if kills >= 20:                                               # else chance may well leave one out
+        wrong += [f"the drill itself was too mild: no {what}" for what in
+                  ("worker", "parent", "disk full", "disk readonly", *(f"starts of {e}" for e in set(engines)))
+                  if not seen[what]]
+        wrong += [f"only {seen['worker'] + seen['parent']} kills hit: the job was done too soon (--slow, --pause)"
+                  ] * (seen["worker"] + seen["parent"] < kills)
     if not wrong:
         shutil.rmtree(base)
     return wrong, seen
