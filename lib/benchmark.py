@@ -49,6 +49,7 @@ LEAST = 16              # pixels a zone needs to count
 ZONES = ("shadow", "shading", "outside", "floor", "hole")
 BASELINES = ("paste2d", "alpha", "geometry", "poisson", "blended-latent", "latent-paste", "inpaint")
 MECHANISMS = ("inject", "guide")
+WITH_DEPTH = "inject-rgbd"   # insertion only: `inject`, and the cut-out brings its own depth along
 SCORES = tuple(f"rmse_{z}" for z in ZONES) + ("psnr", "ssim", "feat_dist")
 SHEET_SCENES = 2        # scenes of each task on the picture sheet, if 150 kB hold them
 
@@ -63,7 +64,7 @@ class Case:
     scene A's layer nearer than `at`; a, a_depth: scene A (compositing). Depths in metres. paste: the
     depth-aware composite of the given pixels, for the bounds. prompts: background, foreground, edit. order:
     arguments of `metrics.occlusion_order` after the maps, or None. thing: (kind, colour), 1-based, of what
-    was put in."""
+    was put in. foreground_depth: of the cut-out alone (insertion); only `inject-rgbd` is given it."""
     task: str
     seed: int
     at: float
@@ -76,6 +77,7 @@ class Case:
     prompts: tuple
     a: torch.Tensor | None = None
     a_depth: torch.Tensor | None = None
+    foreground_depth: torch.Tensor | None = None
     order: tuple | None = None
     thing: tuple | None = None
 
@@ -119,9 +121,10 @@ def _zones(**zones):
 def _insertion(seed, size):
     found = scenes.insertion_case(seed)
     scene, i = found["scene"], found["index"]
-    r = scenes.render([scene, found["background"]], size=size)
+    alone = replace(scene, things=(replace(scene.things[i], on=None),))
+    r = scenes.render([scene, found["background"], alone], size=size)
     cutout = scenes.only(scene, i, sun=found["sun"], size=size)
-    truth, without, z = r.rgb[:1], r.rgb[1:], r.depth[1:]
+    truth, without, z = r.rgb[:1], r.rgb[1:2], r.depth[1:2]
     visible = r.ids[:1] == i
     hidden = (cutout[:, 3:] > 0.5) & ~visible & (r.ids[:1] >= 0)
     thing = scene.things[i]
@@ -132,6 +135,7 @@ def _insertion(seed, size):
                 without * (1 - alpha) + cutout[:, :3] * alpha,
                 (found["background"].caption(), f"a {thing.name}".replace("a orange", "an orange"),
                  found["caption"]),
+                foreground_depth=r.depth[2:],
                 order=_order(visible, hidden, kind, r.kind[:1]), thing=(kind, colour))
 
 
@@ -297,13 +301,16 @@ def edit_case(models, c, mechanism):
     before: the mechanism's picture as it is; after: untouched pixels put back (occluder, and all that lies
     outside the ring around what was put in). The 2-D paste knows no depth, so nothing is put back for it."""
     from lib import depth, featglac
-    s = models.settings
+    s, rgbd = models.settings, mechanism == WITH_DEPTH
+    mechanism = "inject" if rgbd else mechanism
     generator = torch.Generator("cpu").manual_seed(s.seed * 1_000_003 + c.seed)
     options = {"steps": s.steps, **s.options.get(mechanism, {}), "restore": "none"}
     shared = dict(at=f"{c.at:.6f}m", prompt=c.prompts[2], mechanism=mechanism, generator=generator,
                   inpaint_pipe=models.inpaint if mechanism == "inpaint" else None, **options)
     metric = {"near": scenes.NEAR, "far": scenes.FAR}
     behind = depth.from_metric(c.background_depth, **metric)
+    if rgbd:
+        shared["cutout_depth"] = depth.from_metric(c.foreground_depth, **metric)
     if c.task == "insertion":
         edit = featglac.insert_object(models.pipe, c.background, behind, c.foreground, **shared)
     else:
@@ -354,7 +361,8 @@ def run_case(models, task, seed, edit=edit_case):
         rows.append(dict(shared, mechanism=name, **scores(judge, image, c)))
     floor = {f"floor_{z}": rows[0][f"rmse_{z}"] for z in ZONES}
     rows.append(dict(shared, mechanism="plain-cfg", **_plain(models, c)))
-    for mechanism in models.settings.mechanisms:
+    more = (WITH_DEPTH,) if task == "insertion" and "inject" in models.settings.mechanisms else ()
+    for mechanism in (*models.settings.mechanisms, *more):
         with Peak() as peak:
             done, before, after = edit(models, full, mechanism)
         before, after = shrink(before), shrink(after)
@@ -538,7 +546,7 @@ def summarise(rows, settings):
 def _differences(by, settings):
     """{mechanism: {baseline: {zone: interval}}}: paired over scenes, negative = the mechanism is better."""
     out = {}
-    for m in (m for m in settings.mechanisms if m in MECHANISMS):
+    for m in (m for m in (*settings.mechanisms, WITH_DEPTH) if m in MECHANISMS or m in by and m == WITH_DEPTH):
         out[m] = {}
         for b in settings.mechanisms:
             if b == m or b in out:  # inject - guide once, not guide - inject too
@@ -593,8 +601,8 @@ _TITLES = {"insertion": "Object insertion behind an occluder", "compositing": "S
 NOTE = ("RMSE against the true picture in the truth's zones, mean over scenes (lower is better). Scores are "
         "after putting untouched pixels back; where there is an arrow, before -> after. order, present: "
         "share of scenes in which the judge sees the object behind what hides it (of those where something "
-        "does), and sees it at all; its own score on true pictures is in the last row. A backward pass "
-        "counts 2. outside holds light that the truth changes by less than 0.03, so no paste reaches 0 "
+        "does), and sees it at all; its own score on true pictures is in the last row. inject-rgbd: `inject`, and "
+        "the cut-out brings its own depth along, as one from an RGB-D picture does. A backward pass counts 2. outside holds light that the truth changes by less than 0.03, so no paste reaches 0 "
         "there.")
 
 
@@ -612,9 +620,9 @@ def _score_table(t, s):
     head = ["mechanism", "shadow", "shading", *more, "outside", "PSNR", "SSIM", "feat_dist", "order",
             "present", "passes", "seconds", "MB"]
     lines = [_row(head), _row(["---"] * len(head))]
-    for name in s["mechanisms"]:
+    for name in (name for name in (*s["mechanisms"], WITH_DEPTH) if name in m):
         r = m[name]
-        lines.append(_row([f"**{name}**" if name in MECHANISMS else name, _f(r["rmse_shadow"]),
+        lines.append(_row([f"**{name}**" if name in (*MECHANISMS, WITH_DEPTH) else name, _f(r["rmse_shadow"]),
                            _f(r["rmse_shading"]),
                            *(_f(r[f"rmse_{z}"]) for z in more),
                            f"{_f(r['rmse_outside_before'], 4)} -> {_f(r['rmse_outside'], 4)}",
@@ -737,7 +745,7 @@ def verdict(summary):
     """One sentence a task: FeatGLaC's error beside the depth-aware paste's, zone by zone, and the goal (half of it)."""
     lines = []
     for task, t in summary["tasks"].items():
-        for name in [m for m in MECHANISMS if m in t["means"] and "alpha" in t["means"]]:
+        for name in [m for m in (*MECHANISMS, WITH_DEPTH) if m in t["means"] and "alpha" in t["means"]]:
             said = []
             for zone in ("shadow", "shading"):
                 ours, paste = (t["means"][m][f"rmse_{zone}"] for m in (name, "alpha"))

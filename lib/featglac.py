@@ -93,7 +93,7 @@ class Settings:
     decode: str = "relight"
     smooth: float = 0.03
     quiet: float = 0.0
-    cast: float = 0.9
+    cast: float = 1.0
     faint: float = 0.3
     shade: float = 0.6
     own: float = 0.6
@@ -368,12 +368,15 @@ def compose_layers(
     )
 
 
-def insert_object(pipe, image, depth, cutout, prompt, at, mechanism="inject", where=None, **options) -> Edit:
+def insert_object(pipe, image, depth, cutout, prompt, at, mechanism="inject", where=None, cutout_depth=None,
+                  **options) -> Edit:
     """Object insertion at a user depth: what is nearer than `at` stays in front of the object.
 
     image (1, 3, H, W); depth: a `DepthMap` of the same size; at: as in `DepthMap.at` (0.5, "2.4m").
     cutout: RGBA canvas (1, 4, H, W) with the object in its place (see `place`), or None: then the object is
     made from the prompt inside the mask `where` (1, 1, H, W) by the inpainting model and edited from there.
+    cutout_depth: a `DepthMap` in metres of the cut-out on its canvas, if it has one (from an RGB-D picture, or from a
+    depth model): then its shape is known, which else is guessed from its outline. It is moved to `at`.
     """
     latents.check_image(image)
     depth = deglad.as_depth_map(depth)
@@ -389,12 +392,25 @@ def insert_object(pipe, image, depth, cutout, prompt, at, mechanism="inject", wh
         if mechanism == "inpaint":  # it was just made; only the occluder is left to put back
             mechanism = "alpha"
     if depth.kind == "metric":
-        metres = _metres(depth)
-        caster = torch.full_like(metres, float(depth.near + depth.at(at) * (depth.far - depth.near)))
-        options = {"space": light.Space(image.float().cpu(), metres, metres, caster, cutout[:, 3:].float().cpu(), _fov(options), colour=cutout[:, :3].float().cpu()), **options}
+        metres = depth.near + depth.at(at) * (depth.far - depth.near)
+        options = {"space": _thing_space(image, depth, float(metres), cutout, cutout_depth, _fov(options)), **options}
     edit = compose_layers(pipe, image, cutout, occluder, prompt, mechanism, **options)
     edit.passes += extra
     return edit
+
+
+def _thing_space(image, depth, at, cutout, cutout_depth, fov):
+    """A cut-out that stands at `at` metres: a flat one, unless its own depth is known."""
+    cutout, metres = cutout.float().cpu(), _metres(depth)
+    caster, shape, solid = torch.full_like(metres, at), None, cutout[:, 3:] >= 0.5
+    if cutout_depth is not None:
+        if cutout_depth.size != depth.size:
+            raise ValueError(f"cutout_depth is {cutout_depth.size[0]}x{cutout_depth.size[1]}, the picture "
+                             f"{depth.size[0]}x{depth.size[1]}: put both on the same canvas.")
+        own = _metres(cutout_depth)
+        shape = light.normals(light.points(own, fov))
+        caster = torch.where(solid, (own + at - own[solid].median()).clamp(min=0.05), caster)
+    return light.Space(image.float().cpu(), metres, metres, caster, cutout[:, 3:], fov, colour=cutout[:, :3], shape=shape)
 
 
 def compose(

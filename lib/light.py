@@ -2,8 +2,9 @@
 
 A diffusion model knows *that* a thing in a room throws a shadow; on a grid of 16 x 16 cells, or 64 x 64, it knows
 only roughly *where*. A depth map in metres knows where a shadow can fall, once the direction of the light is known.
-That direction is looked for in two witnesses, and the best few of a grid of directions are kept, each with its chance:
-* the picture itself: does the floor get darker where its own things, seen by the depth map, would hide the light?
+That direction is looked for in three witnesses, and the best few of a grid of directions are kept, each with its chance:
+* the picture's floor: does it get darker where its own things, seen by the depth map, would hide the light?
+* neighbouring pixels of one colour: is the one that faces the light, and is not hidden from it, the brighter one?
 * the model's edit: did it darken the surroundings of the new thing where that thing would hide the light?
 `change` turns what was found into a factor: shadows on the surroundings, another shading of the thing (Lambert's law
 on normals from its depth, or from its outline blown up), and a layer's own old shadows lifted.
@@ -30,6 +31,8 @@ AZIMUTHS = tuple(range(-180, 180, 12))   # degrees from straight ahead, positive
 ELEVATIONS = (18, 27, 36, 48)            # degrees above the camera's horizon
 AMBIENT = 0.28                           # of the sun's light; what stands in shadow gets this much (the Miniature's middle)
 USUAL = 0.43                             # log of lit / shadowed floor on a screen: AMBIENT under a sun 26 degrees high
+HEARSAY = 0.3                            # what the model's edit weighs as a witness: it tells of the light at second hand
+ALIKE = 0.05                             # log colour ratio (brightness apart) within which two pixels are of one paint
 
 
 @dataclass(frozen=True)
@@ -151,9 +154,10 @@ def shading(shape: torch.Tensor, light: Light) -> torch.Tensor:
     return (each * light.chances.to(each)[:, None, None, None]).sum(0, True)
 
 
-def _lambert(shape, to_light):
+def _lambert(shape, to_light, hidden=0.0):
+    """For each direction (D, 1, h, w); hidden: the part of the sun that something stands in the way of."""
     sun = (shape * to_light[:, :, None, None]).sum(1, keepdim=True).clamp(min=0)
-    return (sun + AMBIENT * (0.55 + 0.225 * (shape[:, 1:2] + 1))).log() / 2.2
+    return (sun * (1 - hidden) + AMBIENT * (0.55 + 0.225 * (shape[:, 1:2] + 1))).log() / 2.2
 
 
 def shaded_by(colour, shape, weight, most: int = 6, temperature: float = 2.0) -> Light:
@@ -212,30 +216,55 @@ def explained(change, pattern, weight):
     total = weight.sum().clamp(min=1e-6)
     centred = lambda x: x - (x * weight).sum((1, 2, 3), keepdim=True) / total
     c, s = centred(change), centred(pattern)
-    both, own, all_ = ((x * weight).sum((1, 2, 3)) for x in (-c * s, s * s, c * c))
+    return _nats(*((x * weight).sum((1, 2, 3)) for x in (-c * s, s * s, c * c)))
+
+
+def neighbours(picture, expected, steps=(1, 2, 4)):
+    """How well `expected` explains the differences between neighbouring pixels of one colour: nats (D,).
+
+    picture (1, 3, h, w) in [0, 1]; expected (D, 1, h, w): log brightness that white surfaces would have. Two pixels
+    some `steps` apart in a row or a column, whose colours are the same but for their brightness (`ALIKE`), are taken to
+    be of one paint: then they differ in their light alone. Counted as in `explained`.
+    """
+    tint = picture.clamp(min=0.02).log()
+    bright = tint.mean(1, keepdim=True)
+    tint, both, own, all_ = tint - bright, 0.0, 0.0, 0.0
+    for axis in (-1, -2):
+        for step in steps:
+            pair = lambda x: (x.narrow(axis, step, x.shape[axis] - step), x.narrow(axis, 0, x.shape[axis] - step))
+            (a, b), (high, low), (e, f) = pair(tint), pair(bright), pair(expected)
+            same = ((a - b).abs().amax(1, keepdim=True) < ALIKE).to(tint)
+            seen, due = (high - low).clamp(-1, 1) * same, (e - f) * same
+            both, own, all_ = both + (seen * due).sum((1, 2, 3)), own + (due**2).sum((1, 2, 3)), all_ + (seen**2).sum()
+    return _nats(both, own, all_)
+
+
+def _nats(both, own, all_):
+    """Log likelihood ratio of a fitted factor, not below 0, by 60 independent pixels."""
     share = both.clamp(min=0) ** 2 / (own + 0.5) / all_.clamp(min=1e-6)
     return -30 * torch.log1p(-share.clamp(0, 0.95))
 
 
-def find(space: Space, change=None, weight=None, most: int = 6, temperature: float = 2.0) -> Light:
+def find(space: Space, change=None, weight=None, most: int = 6, temperature: float = 4.0) -> Light:
     """The directions from which the light may come, each with its chance.
 
-    change, weight (1, 1, H, W): the second witness, log brightness that a model's edit gave and took around the new
+    change, weight (1, 1, H, W): the third witness, log brightness that a model's edit gave and took around the new
     thing, and where to look (None: the picture alone speaks). temperature: how much the witnesses are doubted.
     """
     angles, to_light = _grid()
     metres = _to_side(space.metres, SEARCH)
     p = points(metres, space.fov, space.centre)
-    floor = (normals(p)[:, 1:2] > LEVEL).to(metres)
+    shape = normals(p)
     own = _own(space, p, to_light, metres)
-    brightness = _mean_side(space.picture, SEARCH).mean(1, keepdim=True).clamp(min=0.02).log()
-    nats = explained(brightness, own, floor)
+    picture = _mean_side(space.picture, SEARCH).clamp(min=0.02)
+    nats = explained(picture.mean(1, keepdim=True).log(), own, (shape[:, 1:2] > LEVEL).to(metres))
+    nats = nats + neighbours(picture, _lambert(shape, to_light, own))
     if change is not None:
         where = _mean_side(weight, SEARCH)
         share = _blur(where).clamp(min=0.05)
         thrown = _thrown(space, to_light, SEARCH, own=own if space.receiver is space.metres else None)
         thrown = _blur(thrown * where) / share
-        nats = nats + explained(_blur(_mean_side(change, SEARCH) * where) / share, thrown, where)
+        nats = nats + HEARSAY * explained(_blur(_mean_side(change, SEARCH) * where) / share, thrown, where)
     return _likeliest(nats, angles, to_light, most, temperature)
 
 
@@ -253,23 +282,32 @@ def _likeliest(nats, angles, to_light, most, temperature):
 def cast(space: Space, light: Light, side: int = 128) -> torch.Tensor:
     """The shadow to expect (1, 1, H, W) in [0, 1]: the mean over the directions that the light may come from, soft by
     1 % of the picture, since the sun is no point. Worked out on `side` pixels at most."""
+    return _cast(space, light, side)[0]
+
+
+def _cast(space, light, side=128):
+    """`cast`, and the log factor (1, 1, H, W) that goes with it: a surface that faced the sun has more to lose."""
     each = _thrown(space, light.directions, side, 40)
-    shadow = (each * light.chances.to(each)[:, None, None, None]).sum(0, True)
-    return F.interpolate(_blur(shadow, 0.01), space.metres.shape[-2:], mode="bilinear", align_corners=False)
+    shape = normals(points(_to_side(space.receiver, side), space.fov, space.centre))
+    loss = _lambert(shape, light.directions, hidden=1.0) - _lambert(shape, light.directions)
+    chances = light.chances.to(each)[:, None, None, None]
+    mean = lambda x: _blur((x * chances).sum(0, True), 0.01)
+    return tuple(F.interpolate(mean(x), space.metres.shape[-2:], mode="bilinear", align_corners=False)
+                 for x in (each, each * loss))
 
 
-def change(space: Space, light: Light, shadow_share=0.9, shading_share=0.6, lift=0.8) -> torch.Tensor:
+def change(space: Space, light: Light, shadow_share=1.0, shading_share=0.6, lift=0.8) -> torch.Tensor:
     """What the geometry does to the light (1, 1, H, W), as a log factor on the pasted picture: the thing turns from
     the light it came in to the room's, new shadows fall on what is not the thing itself, and, on a layer's own
     floor, `lift` of the old ones goes."""
-    shadow, thing = cast(space, light), (space.opaque >= 0.5).to(space.metres)
+    (shadow, loss), thing = _cast(space, light), (space.opaque >= 0.5).to(space.metres)
     out = shading_share * thing * _turned(space, light, thing)
     if not space.enclosed:
-        return out - shadow_share * USUAL * shadow * (1 - thing)
+        return out + shadow_share * loss * (1 - thing)
     floor = thing * _level(space.receiver, space)
     old = torch.zeros_like(shadow) if space.already is None else space.already
     out = out + lift * USUAL * floor * old * (1 - shadow)
-    return out - shadow_share * USUAL * (1 - thing + floor) * shadow * (1 - floor * old)
+    return out + shadow_share * loss * (1 - thing + floor) * (1 - floor * old)
 
 
 def _turned(space, light, thing):

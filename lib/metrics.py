@@ -550,8 +550,8 @@ def prompts_obeyed(pipe, judge, n=200, steps=50, guidance_scale=3.0, batch=20):
     them.
 
     Present: at least 30 connected pixels that the judge gives the right kind and colour. Fixed seeds.
-    Captions with a kind-colour pair never seen in training are also counted apart, and so is the judge's
-    score on the true renders of the same captions, which is the most that could be reached."""
+    Captions with a kind-colour pair that the pipeline has never seen (the judge has) are also counted apart, and so
+    is the judge's score on the true renders of the same captions, which is the most that could be reached."""
     from lib import diffusion, latents, scenes
     chosen, truth = captioned_scenes(n)
     made = []

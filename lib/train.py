@@ -34,10 +34,10 @@ MAX_TOKENS = 32
 # ---------------------------------------------------------------------------------------------- corpus
 def _chunk(job: tuple) -> str:
     """Render one chunk of scenes to a .npz; atomic, skipped when it is there."""
-    path, ids, wild, device = job
+    path, ids, how, device = job
     if path.exists():
         return path.name
-    some = [scenes.sample(i, wild=wild) for i in ids]
+    some = [scenes.sample(i, **how) for i in ids]
     r = scenes.render(some, device=device)
     arrays = {"rgb": (r.rgb * 255).round().byte(), "mm": (r.depth * 1000).round().clamp(0, 65535).to(torch.int32),
               "ids": r.ids.to(torch.int8), "kind": r.kind.byte(), "colour": r.colour.byte()}
@@ -57,15 +57,26 @@ def corpus(n: int, device: str = "cpu", wild_share: float = .2) -> None:
     for k in tqdm(range(math.ceil(n / CHUNK)), desc="corpus", mininterval=5):
         wild = k % every == every - 1
         ids = scenes.seeds("train", CHUNK, start=k * CHUNK)
-        _chunk((CACHE / f"corpus_{k:04d}{'w' if wild else ''}.npz", ids, wild, device))
+        _chunk((CACHE / f"corpus_{k:04d}{'w' if wild else ''}.npz", ids, {"wild": wild}, device))
+
+
+def ruler(n: int, device: str = "cpu") -> None:
+    """Render rooms for the judge alone, with the pairs and lights that are held out from all other training: it is
+    the ruler, and a ruler that has never seen a purple vase cannot tell whether a picture shows one."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for k in tqdm(range(math.ceil(n / CHUNK)), desc="ruler", mininterval=5):
+        ids = scenes.seeds("train", CHUNK, start=100_000 + k * CHUNK)
+        _chunk((CACHE / f"ruler_{k:04d}.npz", ids, {"held_out": True}, device))
 
 
 class Corpus:
-    """All chunks rendered so far, as tensors; `refresh` picks up new ones. Items are drawn with a seeded generator."""
+    """All chunks rendered so far, as tensors; `refresh` picks up new ones. Items are drawn with a seeded generator.
+
+    wild: the chunks of random colours too. names: pattern of the chunks' file names ("ruler_*.npz": see `ruler`)."""
 
     def __init__(self, wild: bool = True, device="cpu", seed: int = 0,
-                 keys: tuple = ("rgb", "mm", "ids", "kind", "colour")):
-        self.wild, self.device, self.seen = wild, device, set()
+                 keys: tuple = ("rgb", "mm", "ids", "kind", "colour"), names: str = "corpus_*.npz"):
+        self.wild, self.device, self.names, self.seen = wild, device, names, set()
         self.parts: dict[str, list] = {k: [] for k in keys}
         self.captions: list[str] = []
         self.generator = torch.Generator().manual_seed(seed)
@@ -74,7 +85,7 @@ class Corpus:
             raise FileNotFoundError(f"no corpus in {CACHE}: run `python -m lib.train corpus` first")
 
     def refresh(self) -> None:
-        for path in sorted(CACHE.glob("corpus_*.npz")):
+        for path in sorted(CACHE.glob(self.names)):
             if path.name in self.seen or path.name.endswith(".tmp.npz") or (not self.wild and path.stem.endswith("w")):
                 continue
             with np.load(path) as data:
@@ -563,13 +574,16 @@ def _recoloured(x, colour, g):
 
 
 def train_judge(minutes: float, steps: int, device="cpu", batch: int = 16) -> None:
+    """The judge, in turns on the corpus and on its own rooms with the held-out pairs (`ruler`)."""
     from .metrics import Judge
+    ruler(len(Corpus(wild=False)) // 3, str(device))
     torch.manual_seed(3)
     model = Judge()
     run = Run("judge", {"judge": model}, 2e-3, minutes, steps, device)
-    data = Corpus(wild=False, seed=200 + run.step)
+    both = [Corpus(wild=False, seed=200 + run.step, names=names) for names in ("corpus_*.npz", "ruler_*.npz")]
     for _ in run:
-        if run.step % 200 == 0:
+        data = both[run.step % 2]
+        if run.step % 200 < 2:
             data.refresh()
         x, z, kind, colour = (t.to(device) for t in _labelled(data, batch, .3))
         x, colour = _recoloured(x, colour, data.generator)
@@ -893,7 +907,7 @@ _WHAT = {"mini": "Text to image in the Miniature, in the format of a `StableDiff
          "mini-depth": "A small transformers `DPTForDepthEstimation`. It gives *inverse* depth, near = high, like MiDaS: "
                        "metres = inverse_scale / prediction (the constant is in card.json).",
          "judge": "A timm network that scores edits: depth, kind and colour of every pixel. Other architecture and seed than "
-                  "the models it judges.",
+                  "the models it judges, and, unlike them, trained on the held-out pairs and lights too.",
          "fillnet": "The context network of lesson 04 (`lib.inpaint.FillNet`): fills a hole in one pass, with gated convolutions; "
                     "trained with reconstruction losses and a global and a local discriminator (not shipped).",
          "teach": "The teaching U-Net of lesson 03 (`lib.diffusion.TeachUNet`): noise prediction in the pixels of simple rooms, 64x64, "

@@ -38,6 +38,17 @@ def test_corpus_is_the_render_and_is_not_made_twice(small):
     assert before == {p: p.stat().st_mtime_ns for p in train.CACHE.glob("*.npz")}
 
 
+def test_only_the_judge_sees_what_is_held_out(small):
+    """Its own rooms hold the held-out pairs and lights; those of everybody else do not."""
+    train.ruler(8)
+    assert len(train.Corpus(names="ruler_*.npz")) == 8 and len(train.Corpus()) == 16
+    pairs = lambda **how: {(t.kind, t.colour) for s in scenes.seeds("train", 60) for t in scenes.sample(s, **how).things}
+    assert not pairs() & scenes.HELD_OUT_PAIRS and len(pairs(held_out=True) & scenes.HELD_OUT_PAIRS) >= 6
+    low, high = scenes.HELD_OUT_AZIMUTH
+    held = [low < abs(scenes.sample(s, held_out=True).sun.azimuth) < high for s in scenes.seeds("train", 60)]
+    assert 15 < sum(held) < 60
+
+
 def test_no_corpus_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "CACHE", tmp_path)
     with pytest.raises(FileNotFoundError, match="lib.train corpus"):
