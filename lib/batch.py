@@ -25,8 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.jobs import (FINAL, LEASE, BadInput, Claim, Job, Lost, OutputError, Part, Refused, Shard, _sync_folder, adopt,
-                      open_job, open_or_create, seed_of, sweep, write_atomic)
+from lib.jobs import (FINAL, LEASE, BadInput, Claim, Job, Lost, OutputError, Part, Refused, Shard, adopt, open_job,
+                      open_or_create, seed_of, sweep, sync_folder, write_atomic)
 
 DONE, BROKEN, USAGE, STOPPED, NO_OUTPUT, NO_START = 0, 1, 2, 3, 4, 5       # exit codes; the last two of workers only
 SUSPECT, GUILTY = 2, 3      # deaths in flight before an input is run alone; deaths alone before it is given up
@@ -48,12 +48,17 @@ class Options:
     stop_file: str = ""
     parent: int = 0             # process to outlive by one batch at most
 
+    def late(self) -> bool:
+        """Is the deadline over?"""
+        return 0 < self.deadline < time.time()
+
 
 class Runner:
     """Takes one shard's inputs through decode, infer, check and commit.
 
     Loader threads decode ahead, one writer thread encodes and commits behind, so that the device waits for neither;
-    at most `AHEAD` batches are decoded and `BEHIND` wait to be written, so memory does not grow with the job.
+    at most `AHEAD` batches are decoded and `BEHIND` wait to be written, so memory does not grow with the job. (Names of
+    pictures are strings here and never `Path`s: pathlib interns the parts of each, in a table that grows by megabytes.)
     """
     AHEAD, BEHIND, GROW_AFTER = 2, 2, 20
 
@@ -133,15 +138,15 @@ class Runner:
     def _decode(self, item):
         """(decoded, Outcome or None, seconds); whatever a damaged file makes a decoder raise is bad_input."""
         begin = time.perf_counter()
-        path = Path(self.at.job.facts["root"], item["path"])
+        path = os.path.join(self.at.job.facts["root"], item["path"])
         try:
-            if not path.exists():
+            if not os.path.exists(path):
                 raise BadInput("the file is gone, or it is a link that leads nowhere")
-            if item["bytes"] >= 0 and path.is_file() and path.stat().st_size != item["bytes"]:
+            if item["bytes"] >= 0 and os.path.isfile(path) and os.path.getsize(path) != item["bytes"]:
                 raise BadInput(f"the file has changed since the list was frozen ({item['bytes']} bytes then)")
-            return self.processor.decode({**item, "path": str(path)}), None, time.perf_counter() - begin
+            return self.processor.decode({**item, "path": path}), None, time.perf_counter() - begin
         except Exception as error:
-            text = explain(error).replace(str(path), "the file")  # the same words for the same fault: countable
+            text = explain(error).replace(path, "the file")       # the same words for the same fault: countable
             return None, Outcome("bad_input", message=text), time.perf_counter() - begin
 
     def _infer(self, loaded):
@@ -160,13 +165,13 @@ class Runner:
             if kind and len(group) > 1:
                 singles = 0 if kind == "oom" else len(group)      # one at a time finds the one that fails
                 continue
-            outcomes = [Outcome(kind, message=answer)] if kind else [self._checked(e, out) for e, out in zip(group, answer)]
+            outcomes = ([Outcome(kind, message=answer)] if kind
+                        else [self._checked(entry, output) for entry, output in zip(group, answer)])
             self.timing["infer"] += seconds
             done += [(e[0], {"load": e[3], "infer": seconds / len(group)}, o) for e, o in zip(group, outcomes)]
             left, singles = left[len(group):], max(0, singles - 1)
             self._grow(kind)
-        if done:
-            done[0][2].oom = ooms                                 # the batch's first row tells of it
+        done[-1][2].oom = ooms                                    # the batch's last row tells of it
         return done
 
     def _grow(self, kind):
@@ -222,7 +227,7 @@ class Runner:
                     "peak_mb": peak_mb(), "metrics": outcome.metrics or {}}
             self.timing["load"] += seconds.get("load", 0)
             rows.append(row)
-        _sync_folder(self.at.out)
+        sync_folder(self.at.out)
         now = round(time.time(), 3)                               # one for the whole batch, which was worked on as one
         rows = [row | {"time": now} for row in rows]
         self.part.append(rows, sync=True)
@@ -239,7 +244,7 @@ class Runner:
     def _write(self, item, row, data):
         name = self.at.output_name(self.place[item["id"]], self.processor.suffix)
         try:
-            write_atomic(self.at.out / name, data)
+            write_atomic(os.path.join(self.at.out, name), data)
         except OutputError:
             self.claim.check()                                    # a thief sweeps temp files: then this is not our disk
             raise
@@ -295,19 +300,18 @@ def peak_mb() -> float:
 _STOP = []          # signals that this process has received
 
 
-def _stopper(options: Options):
+def stopper(options: Options):
     """A function that says whether to begin another batch."""
     def stop():
-        return bool(_STOP) or (options.deadline and time.time() > options.deadline) or \
-            (options.parent and os.getppid() != options.parent) or \
-            (options.stop_file and os.path.exists(options.stop_file))
+        return bool(_STOP or options.late() or (options.parent and os.getppid() != options.parent)
+                    or (options.stop_file and os.path.exists(options.stop_file)))
     return stop
 
 
 def work(job: Job, options: Options | None = None, device="cpu", index=0, workers=1, processor=None) -> int:
     """Take shards until none is left; returns an exit code. One of these runs in each worker process."""
     options = options or Options()
-    stop, name = _stopper(options), f"{socket.gethostname()}-{os.getpid()}"
+    stop, name = stopper(options), f"{socket.gethostname()}-{os.getpid()}"
     runner = Runner(processor or job.processor(device), options, stop, name)
     try:
         while not stop():
@@ -399,7 +403,7 @@ def run(job: Job, plan: Plan) -> int:
     sweep(job)
     if not job.pending():
         return DONE
-    return STOPPED if code == DONE or stopped or (plan.options.deadline and time.time() > plan.options.deadline) else code
+    return STOPPED if code == DONE or stopped or plan.options.late() else code
 
 
 @contextlib.contextmanager
@@ -501,6 +505,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--steps", type=int, default=50, help="denoising steps of the real pipeline (default: %(default)s)")
     add.add_argument("--device", default="cpu", help="of the real pipeline; cuda: one process, then two on the one card")
     add.add_argument("--model", default="mini", help="of the real pipeline; random-sd15 needs no download")
+    add.add_argument("--dtype", default="auto", help="of the real pipeline: float16 or float32, to compare them")
     add = commands.add_parser("worker")                           # what run starts; also a line of a Slurm array
     add.add_argument("folder", type=Path)
     for name, kind, default in (("index", int, 0), ("of", int, 1), ("batch", int, 0), ("loaders", int, 2), ("pin", int, -1),
@@ -545,7 +550,7 @@ def main(words=None) -> int:
             return _worker_command(args)
         if args.command == "bench":
             from lib import bench
-            return bench.run(args.images, args.edits, args.steps, args.memory, args.device, args.model)
+            return bench.run(args.images, args.edits, args.steps, args.memory, args.device, args.model, args.dtype)
         job = open_job(args.folder)
         if args.command == "report":
             return _report(args.folder, args.to)

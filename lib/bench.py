@@ -246,7 +246,7 @@ def random_pipeline(folder: Path, like="sd15") -> Path:
     return folder
 
 
-def _edits(folder, count, steps, device, model, say):
+def _edits(folder, count, steps, device, model, dtype, say):
     """The real pipeline on frames of the sample video: one worker and, on a GPU, two on the one card."""
     from lib import setup
     source, card = setup.data_dir() / "scenes" / "walk.mp4", (engines.gpus() or [None])[0]
@@ -254,8 +254,9 @@ def _edits(folder, count, steps, device, model, say):
         model = str(random_pipeline(Path(folder) / f"{model}-weights", model.removeprefix("random-")))
     size = setup._picture_size(model)
     for workers in (1, 2) if str(device).startswith("cuda") else (1,):
-        job = jobs.open_or_create(Path(folder) / f"edits{workers}", source, "edit", {"steps": steps, "model": model},
-                                  limit=count, shard_size=max(1, count // (2 * workers)))
+        job = jobs.open_or_create(Path(folder) / f"edits{workers}", source, "edit",
+                                  {"steps": steps, "model": model, "dtype": dtype}, limit=count,
+                                  shard_size=max(1, count // (2 * workers)))
         with _only(card), Watch(card if str(device).startswith("cuda") else None) as watch:
             found = timed_run(job, workers, device, pin=device == "cpu")
         states, passes = batch.status(job), [row["metrics"].get("passes", 0) for row in found["rows"]]
@@ -284,7 +285,7 @@ def _only(card):
 
 # ---------------------------------------------------------------- all of it
 
-def run(images=600, edits=0, steps=50, memory_images=0, device="cpu", model="mini", say=print) -> int:
+def run(images=600, edits=0, steps=50, memory_images=0, device="cpu", model="mini", dtype="auto", say=print) -> int:
     """Print all of it; returns an exit code (0 also where a number is bad: the reader judges)."""
     from lib import setup
     cores, load = setup.cpus(), os.getloadavg()[0]
@@ -296,7 +297,7 @@ def run(images=600, edits=0, steps=50, memory_images=0, device="cpu", model="min
         if memory_images:
             _long_run(folder, memory_images, say)
         if edits:
-            _edits(folder, edits, steps, device, model, say)
+            _edits(folder, edits, steps, device, model, dtype, say)
     return 0
 
 

@@ -61,6 +61,7 @@ class Worker:
         self.job, self.plan, self.index, self.count = job, plan, index, count
         self.card = cards[index % len(cards)] if cards else None
         self.deaths, self.rows, self.wake, self.code, self.process = 0, -1, 0.0, None, None
+        self.watched = 0.0
         self.log = job.folder / "log" / f"worker-{socket.gethostname()}-{index}.log"
 
     def start(self):
@@ -143,7 +144,7 @@ def local(job, plan, progress, stopped) -> int:
     if all(w.code == BROKEN for w in crew):
         print(f"every worker died {Worker.TRIES} times in a row; the last words of one ({crew[0].log}):\n"
               f"{crew[0].last_words()}", file=sys.stderr)
-    return max((w.code for w in crew if w.code is not None), default=DONE) if any(w.code == BROKEN for w in crew) else DONE
+    return BROKEN if any(w.code == BROKEN for w in crew) else DONE
 
 
 def _wait_for(workers, seconds=30):
@@ -154,7 +155,7 @@ def _wait_for(workers, seconds=30):
 
 def _watch(job, worker, lease):
     """Kill a worker that holds a claim without a sign of life: it hangs."""
-    if not worker.process or time.time() - getattr(worker, "watched", 0) < 5:
+    if not worker.process or time.time() - worker.watched < 5:
         return
     worker.watched = time.time()
     for path in (job.folder / "claims").glob("[0-9]*"):
@@ -195,7 +196,7 @@ def ray(job, plan, progress, stopped) -> int:
             progress.poll()
             for ref in ready:
                 number = running.pop(ref)
-                if not _ray_result(cluster, ref, tries, number) and not _past(options["deadline"]):
+                if not _ray_result(cluster, ref, tries, number) and not plan.options.late():
                     waiting.append(number)
     finally:
         Path(options["stop_file"]).unlink(missing_ok=True)
@@ -208,10 +209,12 @@ def loopback_cluster(nodes=2, tries=3):
 
     Yields (cluster, nodes) with this process connected to it; `cluster.remove_node(nodes[0], allow_graceful=False)` is
     a machine that dies. Ray gives a node 30 s to come up, which a busy machine may miss: then all of it is tried again.
+    A dead node is missed after five checks, here a second apart (Ray's own: three); a slow one has a minute to answer.
     """
     import ray as cluster
     from ray.cluster_utils import Cluster
     patience = {"RAY_gcs_server_request_timeout_seconds": "120", "RAY_health_check_timeout_ms": "60000",
+                "RAY_health_check_period_ms": "1000",
                 "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     held = {name: os.environ.get(name) for name in patience}
     small = {"object_store_memory": 80_000_000, "node_ip_address": "127.0.0.2"}    # Ray replaces 127.0.0.1
@@ -256,10 +259,6 @@ def _shut(cluster, made, others):
             process.kill()
 
 
-def _past(deadline) -> bool:
-    return bool(deadline) and time.time() > deadline
-
-
 def _ray_result(cluster, ref, tries, number) -> bool:
     """Is the shard done? A lost worker or node counts as "not yet"; what no other node can mend is raised."""
     try:
@@ -290,7 +289,7 @@ def ray_shard(folder, root, number, options, device, steal) -> bool:
         for old in [_RUNNERS.pop(k) for k in list(_RUNNERS)]:
             old.close()
         name = f"{socket.gethostname()}-{os.getpid()}"
-        _RUNNERS[key] = batch.Runner(job.processor(device), options, batch._stopper(options), name)
+        _RUNNERS[key] = batch.Runner(job.processor(device), options, batch.stopper(options), name)
     try:
         batch.one_shard(job, number, _RUNNERS[key], steal)
     except batch.Poisoned:

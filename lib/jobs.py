@@ -58,7 +58,7 @@ class Lost(RuntimeError):
 # ---------------------------------------------------------------- files
 
 @contextlib.contextmanager
-def _writing(path):
+def writing(path):
     """Turn an error of the file system into one sentence that says what to do."""
     try:
         yield
@@ -69,10 +69,11 @@ def _writing(path):
                           f"nothing finished is lost.") from error
 
 
-def write_atomic(path: Path, data: bytes):
+def write_atomic(path: Path | str, data: bytes):
     """The whole file or nothing: temp file beside it, fsync, rename. OutputError when that is impossible."""
-    temp = path.with_name(f".{path.name[-60:]}.{os.getpid()}.tmp")
-    with _writing(path):
+    folder, name = os.path.split(path)
+    temp = os.path.join(folder, f".{name[-60:]}.{os.getpid()}.tmp")
+    with writing(path):
         try:
             with open(temp, "wb") as file:
                 file.write(data)
@@ -81,11 +82,11 @@ def write_atomic(path: Path, data: bytes):
             os.replace(temp, path)
         except BaseException:
             with contextlib.suppress(OSError):
-                temp.unlink()
+                os.unlink(temp)
             raise
 
 
-def _sync_folder(folder):
+def sync_folder(folder):
     """Make renames in it last through a power cut, where the file system can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
@@ -112,7 +113,8 @@ def _lines(rows) -> bytes:
     return "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows).encode()
 
 
-def _json(path: Path):
+def read_json(path: Path):
+    """What a JSON file holds; None for one that is not there or torn."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -237,7 +239,7 @@ class Job:
 def open_job(folder) -> Job:
     """The job in a folder; Refused when there is none."""
     folder = Path(folder)
-    facts = _json(folder / "run.json")
+    facts = read_json(folder / "run.json")
     if not facts:
         raise Refused(f"{folder} holds no job (no run.json): start one with `run {folder} --input ...`.")
     return Job(folder, facts, read_rows(folder / "inputs.jsonl"))
@@ -261,7 +263,7 @@ def open_or_create(folder, source="", process="", settings=None, shard_size=0, p
     process = process or "edit"
     kind = load_processor(process)
     settings = kind.complete(settings or {})
-    with _writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     root, items = _frozen(folder, source, depth, limit, step)
     shard_size = shard_size or (128 if len(items) >= 2048 else max(8, -(-len(items) // 16)))
@@ -339,7 +341,7 @@ class Claim:
         return claim
 
     def _create(self) -> bool:
-        with _writing(self.path):
+        with writing(self.path):
             self.path.parent.mkdir(exist_ok=True)                 # whoever comes first: a worker, or a task of Ray
             try:
                 handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
@@ -414,7 +416,8 @@ class Shard:
 
     def output_name(self, position: int, suffix: str) -> str:
         """A safe, unique file name: place in the whole list + what is plain in the input's name."""
-        plain = re.sub(r"[^A-Za-z0-9_.]+", "_", Path(self.items[position]["id"]).stem)[:40].strip("._") or "input"
+        stem = os.path.splitext(os.path.basename(self.items[position]["id"]))[0]
+        plain = re.sub(r"[^A-Za-z0-9_.]+", "_", stem)[:40].strip("._") or "input"
         return f"{self.first + position:06d}-{plain}{suffix}"
 
     def all_rows(self) -> list[dict]:
@@ -458,7 +461,7 @@ class Shard:
 
     def prepare(self) -> dict:
         """id -> final row of what is done already. Clears what a crash left behind."""
-        with _writing(self.job.folder):
+        with writing(self.job.folder):
             for folder in (self.manifest, self.out, self.tar.parent if self.packed else self.out):
                 folder.mkdir(parents=True, exist_ok=True)
             for temp in self.out.glob(".*.tmp"):
@@ -470,28 +473,27 @@ class Shard:
         claim.check()
         ordered = [rows[item["id"]] for item in self.items]       # KeyError: an input without a row, which must not be
         kept = {row["output"] for row in ordered if row["status"] == "ok"}
-        for path in self.out.iterdir():
-            if path.name not in kept:
-                path.unlink()
+        for name in set(os.listdir(self.out)) - kept:
+            os.unlink(os.path.join(self.out, name))
         if self.packed:
-            self._pack(sorted(p for p in self.out.iterdir()))
+            self._pack(sorted(kept))
         write_atomic(self.final, _lines(ordered))
         counts = Counter(row["status"] for row in ordered)
         write_atomic(self.done, json.dumps({"count": len(ordered), **counts, "timing": timing}).encode())
-        _sync_folder(self.manifest)
+        sync_folder(self.manifest)
         self.clear()
 
-    def _pack(self, paths):
+    def _pack(self, names):
         """One tar of the shard's pictures, the same bytes whoever makes it."""
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for path in paths:
-                entry = tarfile.TarInfo(path.name)
-                entry.size = path.stat().st_size
+            for name in names:
+                entry, path = tarfile.TarInfo(name), os.path.join(self.out, name)
+                entry.size = os.path.getsize(path)
                 with open(path, "rb") as file:
                     tar.addfile(entry, file)
         write_atomic(self.tar, buffer.getvalue())
-        _sync_folder(self.tar.parent)
+        sync_folder(self.tar.parent)
 
     def clear(self):
         """What a finished shard needs no more (also after a crash between done mark and here)."""
@@ -532,12 +534,12 @@ class Part:
 
     def __init__(self, shard: Shard):
         self.path = shard.manifest / f"{shard.name}.{uuid.uuid4().hex[:12]}.part.jsonl"
-        with _writing(self.path):
+        with writing(self.path):
             self.handle = os.open(self.path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
 
     def append(self, rows, sync=False):
         data = _lines(rows)
-        with _writing(self.path):
+        with writing(self.path):
             if os.write(self.handle, data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if sync:
@@ -578,7 +580,7 @@ def adopt(job: Job, roots) -> int:
 
 
 def _point_to(shard, theirs, rows, roots) -> int:
-    with _writing(shard.manifest):
+    with writing(shard.manifest):
         shard.manifest.mkdir(parents=True, exist_ok=True)
     rows = [{**row, "root": str(_home_of(row, theirs, roots))} for row in rows]
     write_atomic(shard.final, _lines(rows))

@@ -24,7 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from lib.jobs import FINAL, Job, _json, _writing, read_rows, write_atomic
+from lib.jobs import FINAL, Job, read_json, read_rows, write_atomic, writing
 
 SCORES = {"depth_rmse": "depth RMSE", "rmse": "RMSE"}       # what a processor may have measured, the first found counts
 COLOURS = {"ok": "#54a24b", "bad_input": "#f58518", "nan": "#b279a2", "oom": "#e45756", "error": "#9d2d2d",
@@ -93,7 +93,7 @@ def time_spent(job: Job) -> dict:
     """Seconds of all workers by kind, from the done marks."""
     total = Counter()
     for number in job.shards:
-        total.update((_json(job.shard(number).done) or {}).get("timing", {}))
+        total.update((read_json(job.shard(number).done) or {}).get("timing", {}))
     return dict(total)
 
 
@@ -279,7 +279,7 @@ def sheet(job: Job, lines, name) -> bytes:
 def make(job: Job, to=None) -> Path:
     """Write the report of a job as it is now; returns the path of report.html. `to`: a folder (default job/report)."""
     folder = Path(to or job.folder / "report")
-    with _writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lines = table(job)
     facts = summary(job, lines)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.jobs import Refused, _writing, read_rows, write_atomic
+from lib.jobs import Refused, read_rows, write_atomic, writing
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def extract(path, folder, step=0.1, max_side=None) -> Path:
         if read_rows(listing)[0] != source:
             raise Refused(f"{folder} holds frames of another video or step; give a new folder.")
         return folder
-    with _writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for frame in frames(path, step, max_side):
         name = f"frame{frame.index if frame.dup_of is None else frame.dup_of:06d}.png"
