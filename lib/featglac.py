@@ -394,6 +394,8 @@ def insert_object(pipe, image, depth, cutout, prompt, at, mechanism="inject", wh
     if depth.kind == "metric":
         metres = depth.near + depth.at(at) * (depth.far - depth.near)
         options = {"space": _thing_space(image, depth, float(metres), cutout, cutout_depth, _fov(options)), **options}
+        if cutout_depth is not None and mechanism in ("inject", "guide", "geometry") and not options.get("settings"):
+            options = {**RGBD, **options}
     edit = compose_layers(pipe, image, cutout, occluder, prompt, mechanism, **options)
     edit.passes += extra
     return edit
@@ -427,7 +429,7 @@ def compose(
         raise ValueError(
             f"image_a is {tuple(image_a.shape)} and image_b {tuple(image_b.shape)}: resize one of them."
         )
-    if mechanism in ("inject", "guide") and not options.get("settings"):
+    if mechanism in ("inject", "guide", "geometry") and not options.get("settings"):
         options = {**COMPOSE, **options}
     chosen = _settings(options.get("settings"), {k: v for k, v in options.items() if k in NAMES})
     front = deglad.split(image_a, depth_a, at, chosen.soft)
@@ -469,8 +471,10 @@ NAMES = {f.name for f in fields(Settings)}
 #: What the latent baselines do best with; the defaults of `Settings` are those of inject and guide. The depth map's light
 #: is this course's addition, not theirs.
 BASELINE = {"guidance_scale": 2.0, "negative_prompt": "", "cast": 0.0, "shade": 0.0, "faint": 1.0, "own": 1.0}
+#: Where the shape of what is put in is known from its depth, Lambert's law is trusted more, and the model less.
+RGBD = {"shade": 0.8, "own": 0.4}
 #: `compose` starts lower and smoother: a layer of many things is less wrong in its light than one cut-out.
-COMPOSE = {"noise_level": 0.35, "guidance_scale": 6.0, "smooth": 0.08, "ring": 0.8}
+COMPOSE = {"noise_level": 0.35, "guidance_scale": 6.0, "smooth": 0.08, "ring": 0.8, "shade": 0.8, "own": 0.3}
 
 
 def _settings(settings, options) -> Settings:
