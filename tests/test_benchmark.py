@@ -191,13 +191,14 @@ def test_every_mechanism_of_featglac_runs_on_both_tasks(parts):
     for task in benchmark.TASKS:
         rows, pictures = benchmark.run_case(benchmark.Models(s, **parts), task, scenes.seeds("test", 1)[0])
         by = {r["mechanism"]: r for r in rows}
-        assert set(by) == {"vae", "vae-residual", "plain-cfg", *benchmark.BASELINES, *benchmark.MECHANISMS}
+        more = {benchmark.WITH_DEPTH} if task == "insertion" else set()
+        assert set(by) == {"vae", "vae-residual", "plain-cfg", *benchmark.BASELINES, *benchmark.MECHANISMS, *more}
         assert by["guide"]["passes"] > by["inject"]["passes"] > 0 == by["alpha"]["passes"]
         assert by["plain-cfg"]["passes"] == 16
         for r in by.values():
             assert r["mechanism"] == "plain-cfg" or math.isfinite(r["rmse_shading"])
         assert by["inject"]["rmse_outside"] <= by["inject"]["rmse_outside_before"] + 1e-6
-        assert list(pictures)[-1] == "truth" and len(pictures) == 4 + len(benchmark.BASELINES + benchmark.MECHANISMS)
+        assert list(pictures)[-1] == "truth" and len(pictures) == 4 + len(benchmark.BASELINES + benchmark.MECHANISMS) + len(more)
 
 
 def test_a_larger_pipeline_edits_large_and_is_scored_at_one_size(parts, monkeypatch):

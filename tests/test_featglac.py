@@ -4,7 +4,7 @@ errors."""
 import pytest
 import torch
 
-from lib import attention, deglad, diffusion, featglac, latents, light
+from lib import attention, deglad, depth, diffusion, featglac, latents, light
 from lib.depth import DepthMap
 
 STEPS = 5
@@ -258,6 +258,40 @@ def test_recording_and_injecting_on_stable_diffusion_15s_shape():
 def ramp_depth():
     values = torch.linspace(1, 0, 128).view(1, 1, 128, 1).expand(1, 1, 128, 128).contiguous()
     return DepthMap(values, "metric", 1.0, 5.0)  # the floor: far at the top, near at the bottom
+
+
+def test_a_cutout_with_its_depth_has_the_shape_that_the_depth_says():
+    """Half a ball and a box front of one outline: flat without depth, told apart with it, moved to where they stand."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
+    inside = (x**2 + y**2 < 0.5)[None, None].float()
+    cutout = torch.cat([torch.full((1, 3, 64, 64), 0.5), inside], 1)
+    room = depth.from_metric(torch.full((1, 1, 64, 64), 4.0), near=0.5, far=8.0)
+    own = lambda z: depth.from_metric(z, valid=inside, near=0.5, far=8.0)
+    ball = own(torch.where(inside > 0, 2 - (0.5 - x**2 - y**2).clamp(min=0).sqrt(), torch.full_like(inside, 2.0)))
+    board = own(torch.full_like(inside, 2.0))
+    made = lambda shape: featglac._thing_space(cutout[:, :3], room, 3.0, cutout, shape, 50.0)
+    assert made(None).shape is None and (made(None).caster == 3).all()
+    solid = inside > 0
+    for known in (ball, board):
+        assert abs(float(made(known).caster[solid].median()) - 3) < 1e-3
+    core = (x**2 + y**2 < 0.35)[None, None]
+    assert made(board).shape[:, 2:][core].max() < -0.99                     # faces the camera everywhere
+    assert made(ball).shape[:, :1][core & (x > 0.4)].min() > 0.3 > -0.3 > made(ball).shape[:, :1][core & (x < -0.4)].max()
+    small = depth.from_metric(torch.linspace(1, 2, 1024).view(1, 1, 32, 32), near=0.5, far=8.0)
+    with pytest.raises(ValueError, match="same canvas"):
+        featglac._thing_space(cutout[:, :3], room, 3.0, cutout, small, 50.0)
+
+
+def test_insert_object_trusts_a_known_shape_more(tiny_pipe, scene):
+    z = torch.linspace(1, 6, scene[0].shape[-2]).view(1, 1, -1, 1).expand(1, 1, *scene[0].shape[-2:]).contiguous()
+    room = depth.from_metric(z, near=0.5, far=8.0)
+    run = lambda **more: featglac.insert_object(
+        tiny_pipe, scene[0], room, scene[1], "a red box", "3m", steps=STEPS, generator=torch.Generator().manual_seed(0), **more)
+    plain, known = run(), run(cutout_depth=room)
+    assert (plain.settings["shade"], plain.settings["own"]) == (featglac.Settings.shade, featglac.Settings.own)
+    assert {k: known.settings[k] for k in featglac.RGBD} == featglac.RGBD
+    assert run(cutout_depth=room, own=0.0).settings["own"] == 0.0           # what is asked for counts
+    assert not torch.equal(plain.image, known.image) and torch.equal(plain.composite, known.composite)
 
 
 def test_insert_object_hides_it_behind_what_is_nearer(tiny_pipe, scene):
