@@ -250,16 +250,18 @@ def told(c):
     new, old = (toward(sun, scene.camera) for sun in (scene.sun, found["sun"]))
     flat = light.Space(c.background, z, z, torch.full_like(z, c.at), alpha, s.fov, colour=c.foreground[:, :3])
     own = scenes.render(replace(scene, things=(scene.things[found["index"]],)), size=z.shape[-1]).depth
-    solid = replace(flat, caster=torch.where(alpha > 0.5, own, flat.caster), before=old, fov=scene.camera.fov,
-                    shape=light.normals(light.points(own, scene.camera.fov)))
+    solid = replace(flat, before=old, shape=light.normals(light.points(own, scene.camera.fov)))
+    dark = c.zones["shadow"] * (c.truth.mean(1, keepdim=True) < c.background.mean(1, keepdim=True))
     guess, occluder = light.find(flat), (z < c.at).float()
-    cases = {"nothing: it looks for the light": (flat, guess, s.cast, s.shade),
-             "where the sun stands": (flat, new, s.cast, s.shade),
-             "and the object's shape and old light": (solid, new, s.cast, s.shade),
-             "the same, believed in full": (solid, new, 1.0, 1.0)}
+    shading = lambda share: light.change(solid, new, 0.0, share)
+    changes = {"nothing: it looks for the light": light.change(flat, guess, s.cast, s.shade),
+               "where the sun stands": light.change(flat, new, s.cast, s.shade),
+               "and the object's shape and old light": light.change(flat, new, s.cast, 0.0) + shading(s.shade),
+               "and the outline of its shadow": -s.cast * light.USUAL * dark + shading(s.shade),
+               "all of it, believed in full": -light.USUAL * dark + shading(1.0)}
     in_front = occluder * (torch.nn.functional.max_pool2d(alpha, 3, 1, 1) > 0)
-    relit = {name: featglac.over(c.paste, in_front, (c.paste * light.change(*given).exp()).clamp(0, 1))
-             for name, given in cases.items()}
+    relit = {name: featglac.over(c.paste, in_front, (c.paste * change.exp()).clamp(0, 1))
+             for name, change in changes.items()}
     cosine = float((guess.directions[0] * new.directions[0]).sum().clamp(-1, 1))
     return relit, math.degrees(math.acos(cosine)), guess.evidence
 

@@ -223,6 +223,8 @@ def _histogram(axes, d, paired, loose, first, second):
         axes.plot([r["low"], r["high"]], [y, y], color=colour, linewidth=4, solid_capstyle="butt", label=name)
         axes.plot([r["diff"]], [y], marker="o", color=colour, markersize=6)
     axes.set(ylim=(0, top * 1.75), xlabel=f"{first} minus {second}, one value a room", ylabel="rooms")
+    axes.locator_params(axis="x", nbins=7)
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=True, framealpha=1, edgecolor="white", fontsize=9, loc="upper right")
 
 

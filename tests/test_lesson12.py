@@ -65,7 +65,7 @@ def test_the_figures_show_the_lessons_own_rooms():
 def test_no_cell_writes_again_what_the_library_has():
     defined = set(re.findall(r"^def (\w+)", "\n".join(CODE.values()), re.M))
     assert defined == {"ready", "use_folder", "install", "find_course", "perceptual", "matching", "per_layer", "ssim_map",
-                       "depth_errors", "reactions", "curve", "coverage", "wins", "goals", *ANSWERS}
+                       "depth_errors", "reactions", "curve", "coverage", "wins", "goals", "more_goals", *ANSWERS}
 
 
 # ---------------------------------------------------------------- exercises
@@ -152,11 +152,14 @@ def test_the_board_is_the_readmes(stored):
 def test_the_board_is_computed_again_from_its_rows(stored, capsys):
     summary, rows = stored
     baselines = [m for m in summary["settings"]["mechanisms"] if m in benchmark.BASELINES]
-    space = run_cells("board-check", "wins", "goals", "goals-show", np=np, baselines=baselines, summary=summary, board=rows, benchmark=benchmark,
-                      metrics=metrics, widgets_12=widgets_12, show=show)
+    space = run_cells("board-check", "wins", "goals", "goals-more", "goals-show", "goals-cost", np=np, baselines=baselines,
+                      summary=summary, board=rows, benchmark=benchmark, metrics=metrics, widgets_12=widgets_12, show=show)
     assert "the stored ones are right" in capsys.readouterr().out
     assert len(space["differences"]) == sum(len(d) * 3 for t in summary["tasks"].values() for d in t["differences"].values())
-    assert len(space["table"]) == 2 * 6 * len(benchmark.MECHANISMS) + 2 and {line[2] for line in space["table"]} <= {"reached", "NOT reached"}
+    assert len(space["table"]) == 7 * len(summary["tasks"]) and len(space["rows"]) == len(summary["tasks"])
+    said = [cell for line in space["table"] for cell in line[2:]]
+    assert len(said) == 7 * len(summary["tasks"]) * len(benchmark.MECHANISMS)
+    assert all(cell.endswith((": reached", ": MISSED")) for cell in said)
 
 
 def test_columns_of_the_board_follow_the_seeds(stored):
