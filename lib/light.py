@@ -147,10 +147,11 @@ def inflate(opaque: torch.Tensor) -> torch.Tensor:
     return shape / shape.norm(dim=1, keepdim=True).clamp(min=1e-6)
 
 
-def shading(shape: torch.Tensor, light: Light) -> torch.Tensor:
+def shading(shape: torch.Tensor, light: Light, hidden=0.0) -> torch.Tensor:
     """Log brightness on a screen (1, 1, H, W) of a white surface with these normals (1, 3, H, W): sun and ambient
-    light by Lambert's law, in gamma 2.2, mean over the directions that the light may come from."""
-    each = _lambert(shape, light.directions)
+    light by Lambert's law, in gamma 2.2, mean over the directions that the light may come from. hidden: the part of
+    the sun, 0..1, that something stands in the way of."""
+    each = _lambert(shape, light.directions, hidden)
     return (each * light.chances.to(each)[:, None, None, None]).sum(0, True)
 
 

@@ -253,12 +253,14 @@ def told(c):
     solid = replace(flat, before=old, shape=light.normals(light.points(own, scene.camera.fov)))
     dark = c.zones["shadow"] * (c.truth.mean(1, keepdim=True) < c.background.mean(1, keepdim=True))
     guess, occluder = light.find(flat), (z < c.at).float()
+    room = light.normals(light.points(z, s.fov))
+    lost = (light.shading(room, new, hidden=1.0) - light.shading(room, new)) * dark
     shading = lambda share: light.change(solid, new, 0.0, share)
     changes = {"nothing: it looks for the light": light.change(flat, guess, s.cast, s.shade),
                "where the sun stands": light.change(flat, new, s.cast, s.shade),
                "and the object's shape and old light": light.change(flat, new, s.cast, 0.0) + shading(s.shade),
-               "and the outline of its shadow": -s.cast * light.USUAL * dark + shading(s.shade),
-               "all of it, believed in full": -light.USUAL * dark + shading(1.0)}
+               "and the outline of its shadow": s.cast * lost + shading(s.shade),
+               "all of it, believed in full": lost + shading(1.0)}
     in_front = occluder * (torch.nn.functional.max_pool2d(alpha, 3, 1, 1) > 0)
     relit = {name: featglac.over(c.paste, in_front, (c.paste * change.exp()).clamp(0, 1))
              for name, change in changes.items()}
