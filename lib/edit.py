@@ -61,7 +61,7 @@ def read_photo(image, depth_file="", near_is="", depth_model="mini", device="cpu
     size = tuple(full.shape[-2:])
     if min(size) < 32:
         raise ValueError(f"The picture is {size[1]} x {size[0]} pixels, too small to edit; give at least 32 x 32.")
-    small = _shrink(full, WORK_SIDE)
+    small, warning = _shrink(full, WORK_SIDE), {}
     if str(depth_file):
         found = depth.given(depth_file, near_is=near_is or None, size=size, trim=2.0).resize(small.shape[-2:])
         where = f"measured or given: {Path(depth_file).name}"
@@ -69,10 +69,11 @@ def read_photo(image, depth_file="", near_is="", depth_model="mini", device="cpu
         found = models.load_depth(depth_model, device)(small.to(device)).to("cpu")
         where = f"estimated from the picture by the depth model '{depth_model}'"
         if depth_model in ("mini", "mini-depth"):
-            where += (", which was trained on the Miniature only: in a photograph it finds the floor, hardly the "
-                      "things on it, and its metres are a guess")
+            warning = {"read this first": "the depth is a guess by a model that was trained on the Miniature only: "
+                       "of a photograph it knows neither the things nor the metres, so this edit shows the steps, "
+                       "not what they can do. Give DEPTH, or DEPTH_MODEL=depth-anything-v2-metric (fetched once)"}
     focal, said = _focal(image, full)
-    origin = {"photograph": Path(image).name, "depth": where, "focal length": said}
+    origin = {"photograph": Path(image).name, "depth": where, "focal length": said} | warning
     return Photo(full, small, found, focal, Path(image).name, origin)
 
 
@@ -213,6 +214,11 @@ class Floor:
 
     def at(self, u, v):
         return self.a * u + self.b * v + self.c
+
+    def over(self, size) -> torch.Tensor:
+        """Its inverse depth on a picture of (H, W): (1, 1, H, W)."""
+        v, u = torch.meshgrid(*((torch.arange(n) + 0.5) / n for n in size), indexing="ij")
+        return self.at(u, v)[None, None]
 
 
 def inverse_depth(values, found: depth.DepthMap):
@@ -391,11 +397,8 @@ def on_floor(found: depth.DepthMap, floor: Floor | None, tolerance=0.03) -> torc
     """(1, 1, H, W): 1 where the surface is the floor itself."""
     if floor is None:
         return torch.zeros_like(found.values)
-    h, w = found.size
-    v, u = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
-    expected = floor.at(u, v)
-    inverse = inverse_depth(found.values[0, 0], found)
-    return ((inverse - expected).abs() < tolerance * expected.clamp_min(1e-3))[None, None].float()
+    expected = floor.over(found.size)
+    return ((inverse_depth(found.values, found) - expected).abs() < tolerance * expected.clamp_min(1e-3)).float()
 
 
 def _hides(found, d, floor) -> torch.Tensor:
@@ -408,7 +411,7 @@ def _hides(found, d, floor) -> torch.Tensor:
     return (found.values < limit).float() * (1 - on_floor(found, floor))
 
 
-def occluder(photo: Photo, place: Place, soft=2.0) -> torch.Tensor:
+def occluder(photo: Photo, place: Place) -> torch.Tensor:
     """fg_mask (1, 1, h, w) of what stands in front of the object, with edges from the picture's colours.
 
     Not the whole foreground layer: the near floor is nearer too, but hides nothing that stands on it.
@@ -416,11 +419,11 @@ def occluder(photo: Photo, place: Place, soft=2.0) -> torch.Tensor:
     hard = _hides(photo.depth, place.at, place.floor)
     kernel = max(3, round(min(hard.shape[-2:]) / 240) * 2 + 1)
     hard = _median(hard, kernel)
-    if not soft or hard.min() == 1 or hard.max() == 0:
+    if hard.min() == 1 or hard.max() == 0:
         return hard
     # soft_edges wants a depth and a cut: the mask itself is one (0.25 in front, 0.75 behind)
     as_depth = replace(photo.depth, values=0.75 - 0.5 * hard, valid=torch.ones_like(hard))
-    return deglad.soft_edges(photo.small, as_depth, 0.5, soft)
+    return deglad.soft_edges(photo.small, as_depth, 0.5, 2.0)
 
 
 def _median(mask, kernel):
@@ -449,10 +452,10 @@ class Shot:
     facts: dict = field(default_factory=dict)
 
 
-def composites(photo: Photo, place: Place, cutout, origin="", fill="telea") -> Shot:
+def composites(photo: Photo, place: Place, cutout, origin="") -> Shot:
     """DeGLaD layers, and two plain composites: 2-D (over everything), depth-aware (behind what is nearer)."""
     size = tuple(photo.image.shape[-2:])
-    cut = deglad.split(photo.small, photo.depth, place.at, soft=1.5, fill=fill)
+    cut = deglad.split(photo.small, photo.depth, place.at, soft=1.5, fill="telea")
     hidden_by = occluder(photo, place)
     if tuple(hidden_by.shape[-2:]) != size:
         hidden_by = F.interpolate(hidden_by, size, mode="bilinear", align_corners=False)
@@ -537,7 +540,10 @@ def with_model(shot: Shot, pipe, prompt="", mechanism="inject", generator=None, 
 
 
 def _space(shot, box, size, layer) -> light.Space | None:
-    """The window in metres, for the shadow that the depth map casts; None where the depth has no metres."""
+    """The window in metres, for the shadow that the depth map casts; None where the depth has no metres.
+
+    The floor is laid flat: a sensor's noise on it would be read as bumps, and make a shadow blotchy.
+    """
     photo, place = shot.photo, shot.place
     if photo.depth.kind != "metric" or place.metres is None:
         return None
@@ -545,6 +551,9 @@ def _space(shot, box, size, layer) -> light.Space | None:
     rows, columns = box[1], box[2]
     side = rows.stop - rows.start
     metres = depth.fill_holes(photo.depth).metres()
+    if place.floor:
+        flat = 1 / place.floor.over(photo.depth.size).clamp_min(1e-3)
+        metres = torch.where(on_floor(photo.depth, place.floor) > 0, flat, metres)
     metres = F.interpolate(F.interpolate(metres, (h, w), mode="nearest-exact")[box], (size, size), mode="nearest-exact")
     fov = math.degrees(2 * math.atan(side / 2 / (photo.focal * w)))
     centre = ((w / 2 - columns.start) / side, (h / 2 - rows.start) / side)
@@ -567,13 +576,17 @@ def _bring_back(start, edit, shot, box) -> torch.Tensor:
     """start with the enlarged change, inside the ring, not on what stands in front of the object.
 
     With decode="relight" the change is a factor (light multiplies, so the photograph keeps its texture under
-    a shadow); else it is a difference.
+    a shadow); else it is a difference. The two sides of the object's outline are enlarged apart, each with its
+    own change, or the coarse pixels that hold some of both would leave a rim around the object.
     """
     side = shot.photo.image[box].shape[-2:]
     after, before = edit.image.float().cpu(), edit.composite.float().cpu()
     relit = edit.settings.get("decode") == "relight"
     change = ((after + 0.02) / (before + 0.02)).log() if relit else after - before
-    big = F.interpolate(change, side, mode="bicubic", align_corners=False)
+    alpha, thing = edit.layers["object"].float().cpu(), (shot.object_layer[:, 3:] * (1 - shot.hidden_by))[box]
+    inside, outside = (F.interpolate(_carried_on(change, part), side, mode="bicubic", align_corners=False)
+                       for part in ((alpha >= 0.5).float(), (alpha < 0.5).float()))
+    big = featglac.over(inside, thing, outside)
     ring = F.interpolate(edit.layers["ring"].float().cpu(), side, mode="bilinear", align_corners=False)
     in_front = shot.hidden_by[box] * (F.max_pool2d(shot.object_layer[box][:, 3:], 3, 1, 1) > 0)
     weight = ring * (1 - in_front) * _fade(shot.photo.image, box)
@@ -581,6 +594,13 @@ def _bring_back(start, edit, shot, box) -> torch.Tensor:
     out = start.clone()
     out[box] = torch.where(weight > 0, moved.clamp(0, 1), start[box])
     return out
+
+
+def _carried_on(change, part, reach=5) -> torch.Tensor:
+    """`change` on `part`, and beside it the mean of what is near on that side; far from it as it was."""
+    both = F.avg_pool2d(torch.cat([change * part, part], 1), reach, 1, reach // 2)
+    near = both[:, -1:] > 0
+    return torch.where(near & (part == 0), both[:, :-1] / both[:, -1:].clamp_min(1e-6), change)
 
 
 def _fade(image, box) -> torch.Tensor:
@@ -600,8 +620,9 @@ def _resize(x, size):
 
 
 def _model_facts(edit, pipe, size, where) -> dict:
-    change = edit.image - edit.composite
-    return {"mechanism": edit.mechanism, "from": getattr(pipe, "loaded_from", "a pipeline in memory"),
+    change, sun = edit.image - edit.composite, edit.light
+    found = sun and {"azimuth": sun.azimuth, "elevation": sun.elevation, "evidence": round(sun.evidence, 1)}
+    return {"light": found, "mechanism": edit.mechanism, "from": getattr(pipe, "loaded_from", "a pipeline in memory"),
             "window": {"top": where[0], "left": where[1], "side": where[2]}, "model_size": size,
             "unet_passes": edit.passes, "seconds": round(edit.seconds, 2),
             "mean_change": round(float(change.abs().mean()), 5),
@@ -669,8 +690,9 @@ def views(shot: Shot, side=480) -> tuple[list, list]:
              (shot.paste2d, "2-D paste"), (shot.paste, "depth-aware paste")]
     if shot.result is not None:
         change = (shot.result - shot.paste).abs().mean(1, keepdim=True) * 10
-        pairs += [(shot.result, f"FeatGLaC ({shot.facts['model']['mechanism']})"),
-                  (change.clamp(0, 1).expand(-1, 3, -1, -1), "what the model changed, x10")]
+        name = shot.facts["model"]["mechanism"]
+        pairs += [(shot.result, f"FeatGLaC ({name})" if name in ("inject", "guide") else name),
+                  (change.clamp(0, 1).expand(-1, 3, -1, -1), "what it changed, x10")]
     return [_shrink(p, side) for p, _ in pairs], [label for _, label in pairs]
 
 
@@ -703,7 +725,8 @@ def report_text(shot: Shot, facts: dict) -> str:
     at = f"{facts['at']['value_01']:.2f}" + (f" ({facts['at']['metres']:.2f} m)" if facts["at"]["metres"] else "")
     origin, found = facts["origin"], "found" if place["floor_found"] else "not found"
     span = f"{stats['near_m']:.2f} m to {stats['far_m']:.2f} m" if "near_m" in stats else "no metres"
-    lines = [f"# Edit of {facts['picture']['name']} at depth {at}", "",
+    first = [f"Read this first: {origin['read this first']}.", ""] if "read this first" in origin else []
+    lines = [f"# Edit of {facts['picture']['name']} at depth {at}", "", *first,
              "![overview](overview.png)", "", "## What came from what", "", "| part | from |", "|---|---|",
              f"| picture | {origin['photograph']}, {facts['picture']['width']} x {facts['picture']['height']} |",
              f"| depth | {origin['depth']} |",
@@ -711,7 +734,7 @@ def report_text(shot: Shot, facts: dict) -> str:
              f"| its place and size | the floor's plane in the depth map, {found}; focal length "
              f"{origin['focal length']} |",
              "| 2-D paste, depth-aware paste | computed from these; no model |",
-             f"| FeatGLaC | {_model_words(model)} |", "",
+             f"| finished picture | {_model_words(model)} |", f"| its light | {_light_words(model)} |", "",
              "## Numbers", "", "| | |", "|---|---|",
              f"| depth | {stats['kind']}, {span}, {100 * stats['measured_share']:.1f} % of the pixels measured |",
              f"| nearer than AT | {100 * facts['layers']['fg_share']:.1f} % of the picture |",
@@ -729,18 +752,33 @@ def report_text(shot: Shot, facts: dict) -> str:
 def _model_words(model) -> str:
     if not model:
         return "not run"
+    if not model["unet_passes"]:
+        return f"{model['mechanism']}, computed; no diffusion model"
     own = "mini" in Path(str(model["from"]).split(" ")[0]).name
     taught = ", trained on the Miniature only: it has never seen a photograph" if own else ""
     name = Path(str(model["from"])).name
-    return f"{model['mechanism']} with the model from {name}{taught}; only its *change* was added"
+    return f"{model['mechanism']} with the model from {name}{taught}; only its change went into the photograph"
+
+
+def _light_words(model) -> str:
+    if not model:
+        return "not run"
+    sun, drawn = model["light"], model["unet_passes"] > 0
+    if not sun:
+        return f"{'the model alone' if drawn else 'each part keeps its own'}; the depth map was not asked for a shadow"
+    share, side = model["settings"], "right" if sun["azimuth"] > 0 else "left"
+    return (f"the depth map says where the shadow falls and which side is bright, for a sun {sun['elevation']} degrees "
+            f"high, {abs(sun['azimuth'])} degrees to the {side} of straight ahead (evidence {sun['evidence']} nats; "
+            f"below 8 it is a guess)" + f"; from the model, {share['faint']:.0%} of its change around the object and "
+                                        f"{share['own']:.0%} of its change on it" * drawn)
 
 
 def _limits(shot, model) -> list[str]:
     out = ["the filled background is a guess from its surroundings; nobody photographed what is behind"]
     if model and "mini" in str(model["from"]):
-        out.append("the mini's shading and shadow are learnt from rendered rooms: on photographs read them as a "
-                   "hint, and judge the method by the benchmark on unseen Miniature scenes; MODEL=\"sd15\" uses a "
-                   "large model")
+        out.append("light and shadow are worked out for one sun and matt surfaces, and by a model that has seen "
+                   "rendered rooms only: on photographs read them as a hint, and judge the method by the benchmark on "
+                   "unseen Miniature scenes; MODEL=\"sd15\" uses a large model")
     if shot.facts["object"]["visible_share"] > 0.99:
         out.append("nothing nearer was found in front of the object; if something should hide it, this depth map "
                    "does not show it: give a DEPTH, a larger DEPTH_MODEL, or another WHERE")

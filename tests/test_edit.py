@@ -2,6 +2,7 @@
 bad input."""
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -90,8 +91,10 @@ def test_the_notebook_runs_on_a_real_photograph(tiny, tmp_path):
     stats = json.loads((out / "depth_statistics.json").read_text())
     assert stats["kind"] == "metric" and stats["measured_share"] == pytest.approx(0.87, abs=0.01)
     assert facts["at"]["metres"] == pytest.approx(1.9) and 0.3 < facts["object"]["visible_share"] < 1
-    for words in ("room_chair.jpg, 640 x 480", "room_chair_depth_mm.png", "husky.png", "bit for bit", "87.0 % of the"):
+    for words in ("room_chair.jpg, 640 x 480", "room_chair_depth_mm.png", "husky.png", "bit for bit", "87.0 % of the",
+                  "a sun ", f"evidence {facts['model']['light']['evidence']} nats"):
         assert words in report
+    assert "Read this first" not in report
     assert "data:image/png" in (out / "report.html").read_text() and "src='http" not in (out / "report.html").read_text()
     before, after = show.read_image(photo), show.read_image(out / "featglac.png")
     same = (before == after).all(1)
@@ -157,6 +160,44 @@ def test_a_large_picture_keeps_its_size_and_pixels(room, tiny_pipe, tmp_path):
     if in_front.any():
         where = in_front.expand_as(photo.image)
         assert torch.equal(final.result[where], photo.image[where]), "what is in front of the object is not edited"
+
+
+def test_a_noisy_sensor_makes_no_blotches_on_the_floor(room):
+    """The shadow is thrown on the plane that was fitted to the floor, not on the sensor's noise."""
+    metres = depth.given(room / "room_mm.png").metres()
+    bumpy = metres * (1 + 0.01 * torch.randn(metres.shape, generator=torch.Generator().manual_seed(0)))
+    photo = edit.read_photo(room / "room.png", room / "room_mm.png")
+    photo = replace(photo, depth=depth.from_metric(bumpy, valid=photo.depth.valid))
+    cutout, kind, _ = edit.read_cutout(room / "toy.png")
+    shot = edit.composites(photo, edit.stand(photo, "2m", cutout, kind, where="0.25"), cutout)
+    box = (..., slice(0, 150), slice(0, 150))
+    seen = edit._space(shot, box, 150, shot.object_layer[box]).metres[0, 0, 130:, 10:140]
+    error = (seen / metres[0, 0, 130:, 10:140] - 1).abs()
+    assert error.median() < 0.004, "noise of 1 % is left on the floor"
+
+
+def test_the_change_keeps_to_its_side_of_the_outline():
+    """Enlarged, light on the object does not leak over its outline, nor shadow into it."""
+    alpha = torch.zeros(1, 1, 16, 16)
+    alpha[..., 4:12, 4:12] = 1
+    change = torch.where(alpha > 0, 0.5, -0.5)
+    inside, outside = edit._carried_on(change, alpha), edit._carried_on(change, 1 - alpha)
+    assert torch.equal(inside[..., 2:14, 2:14], torch.full((1, 1, 12, 12), 0.5))
+    assert torch.equal(outside[..., :6, :], torch.full((1, 1, 6, 16), -0.5)) and outside[..., 8, 8] == 0.5
+
+
+def test_a_guessed_depth_is_the_first_thing_said(room, tiny, tmp_path):
+    run_cells(**settings(room, tiny, tmp_path / "out", DEPTH="", AT="0.5"))
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "the depth is a guess" in text.splitlines()[2] and "DEPTH_MODEL=" in text
+
+
+@pytest.mark.parametrize("mechanism, words", [("alpha", "computed; no diffusion model"),
+                                              ("geometry", "for a sun"), ("blended-latent", "the model alone")])
+def test_the_report_says_where_the_light_is_from(room, tiny, tmp_path, mechanism, words):
+    run_cells(**settings(room, tiny, tmp_path / "out", MECHANISM=mechanism))
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert words in text and ("from the model" in text) == (mechanism == "inject")
 
 
 def test_words_are_painted_by_a_pipeline_that_is_not_the_mini(room, tiny, tmp_path):
