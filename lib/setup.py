@@ -251,9 +251,9 @@ def _check_model(model: str) -> None:
         return
     from lib import models
 
-    if model not in models.REGISTRY:
-        known = ", ".join(sorted(models.REGISTRY))
-        raise ValueError(f"MODEL = {model!r} is neither a known model nor a folder. Known: {known}.")
+    known = [name for name, spec in models.REGISTRY.items() if spec.kind == "pipeline"]
+    if model not in known:
+        raise ValueError(f"MODEL = {model!r} is neither a known model nor a folder. Known: {', '.join(known)}.")
 
 
 def _picture_size(model: str) -> int:

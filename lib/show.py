@@ -98,7 +98,8 @@ def _open(path):
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not a picture: give the path of one picture file.")
     if not path.exists():
-        raise FileNotFoundError(f"No picture at {path}: check the path (it is read from {Path.cwd()}).")
+        where = "" if path.is_absolute() else f" (it is read from {Path.cwd()})"
+        raise FileNotFoundError(f"No picture at {path}: check the path{where}.")
     if not path.is_file():
         raise ValueError(f"{path} is not an ordinary file: give the path of one picture file.")
     if path.stat().st_size == 0:
@@ -230,7 +231,8 @@ def save_image(picture, path, bits=8):
             raise ValueError("bits=16 is for one-channel PNG files.")
         array = (to_tensor(picture)[0, 0].clamp(0, 1).numpy() * 65535).round().astype(np.uint16)
     buffer = io.BytesIO()
-    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {"optimize": True})
+    png = {"optimize": array.size < 3_000_000}  # of a large picture: a few per cent smaller, five times as slow
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, png)
     Image.fromarray(array).save(buffer, kind, **options)
     return _atomic(path, buffer.getvalue())
 

@@ -71,6 +71,7 @@ def test_configure_seeds_new_layers(tmp_path):
 
 @pytest.mark.parametrize("wrong, words", [
     ({"model": "minny"}, "minny.*neither a known model nor a folder.*Known:.*mini"),
+    ({"model": "dpt"}, "dpt.*neither a known model nor a folder.*sd15-inpaint.$"),
     ({"model": ""}, "MODEL must be a name"),
     ({"seed": -1}, "SEED must be a whole number"),
     ({"seed": 1.5}, "SEED must be a whole number"),
