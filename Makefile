@@ -61,7 +61,8 @@ GIVEN = $(filter-out PYTHON,$(foreach name,$(.VARIABLES),$(if $(findstring comma
 edit: .venv/ready
 	@$(if $(IMAGE),,echo 'error: which picture? make edit IMAGE=photo.jpg AT=0.5 INSERT=cutout.png' >&2; exit 1;) \
 	$(BIN) -m lib.setup run notebooks/edit.ipynb build/edit.ipynb --env $(sort $(GIVEN)) \
-		--paths IMAGE DEPTH INSERT OUTPUT --at "$(CALLER)"
+		--paths IMAGE DEPTH INSERT OUTPUT --at "$(CALLER)" && \
+	echo "pictures and report: $(if $(filter OUTPUT,$(GIVEN)),$$OUTPUT,runs/edit)/report.html"
 
 # The job of lesson 15 alone; the same command continues it. A cell may take days.
 batch: .venv/ready

@@ -154,6 +154,14 @@ def catalogue() -> list[dict]:
     return rows
 
 
+def main():
+    """`python -m lib.models`: what can be loaded, from where, and under which licence."""
+    for row in catalogue():
+        size = f", {row['fetch_mb']} MB" if row["fetch_mb"] else ""
+        where = "here" if row["here"] else f"to be fetched from {' or '.join(row['candidates'])}{size}"
+        print(f"{row['name']:25} {row['kind']:9} {row['licence']}; {where}")
+
+
 def _say(thing, name, used, quiet):
     if not quiet:
         print(f"{name}: from {used}")
@@ -349,3 +357,7 @@ def _adapter(config, processor, card):
         return lambda outputs, size: depth.depth_anything(outputs, size, config.depth_estimation_type, config.max_depth)
     raise ValueError(f"No adapter for depth models of type {config.model_type!r}; known: dpt, zoedepth, "
                      f"depth_anything. Convert its output with lib.depth.from_metric or from_inverse.")
+
+
+if __name__ == "__main__":
+    main()

@@ -189,6 +189,14 @@ def test_the_catalogue_has_a_row_for_every_model_and_no_invented_revision():
         assert not any("*.bin" in f or f.endswith((".ckpt", ".pt")) for f in spec.files)
 
 
+def test_the_command_names_every_model_its_licence_and_its_place(capsys):
+    models.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(models.REGISTRY)
+    for line, spec in zip(lines, models.REGISTRY.values()):
+        assert spec.licence in line and (line.endswith("; here") or all(repo in line for repo, _ in spec.candidates))
+
+
 # ------------------------------------------------------------------ depth models and the judge
 
 def save_depth(folder, kind="mini"):

@@ -74,6 +74,8 @@ def test_every_make_target_is_explained():
 def test_make_edit_hands_over_only_what_was_given():
     text = make("edit", "IMAGE=a b.jpg", "AT=2.4m", "PYTHON=python3", "SEEED=1", SEED="9").stdout
     assert re.search(r"--env AT IMAGE SEEED\s", text) and "a b.jpg" not in text  # the value goes through the environment
+    assert "runs/edit/report.html" in text and '"pictures and report: $OUTPUT/report.html"' in make(
+        "edit", "IMAGE=a.jpg", "OUTPUT=it's").stdout
     assert "which picture" not in text and "which picture" in make("edit").stdout
 
 
