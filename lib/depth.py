@@ -253,16 +253,12 @@ def depth_anything(outputs, size=None, estimation="relative", max_depth=None) ->
     return from_metric(metres, source="Depth Anything metric (metres)")
 
 
-def zoedepth(outputs, processor, size, flipped=None) -> DepthMap:
+def zoedepth(outputs, processor, size) -> DepthMap:
     """ZoeDepth: metres, near = low. Its processor pads the picture by reflection, so its own
-    `post_process_depth_estimation` must take that off again; plain resizing shifts everything.
-
-    size     (H, W) of the picture that went in
-    flipped  optional output for the mirrored picture; the two are averaged
+    `post_process_depth_estimation` must take that off again; plain resizing shifts everything. size: (H, W) of
+    the picture that went in.
     """
-    batch = len(_predicted(outputs))
-    done = processor.post_process_depth_estimation(outputs, source_sizes=[tuple(size)] * batch,
-                                                   outputs_flipped=flipped)
+    done = processor.post_process_depth_estimation(outputs, source_sizes=[tuple(size)] * len(_predicted(outputs)))
     metres = torch.stack([d["predicted_depth"] for d in done])
     return from_metric(_as_4d(metres).clamp_min(1e-3), source="ZoeDepth (metres)")
 

@@ -615,8 +615,7 @@ def forward_jump(scheduler, x, levels, generator=None):
 
     Equal to `RePaintScheduler.undo_step(x, t, generator)` with levels = t, ..., t + stride - 1."""
     for t in levels:
-        beta = scheduler.betas[t].to(x)
-        x = (1 - beta).sqrt() * x + beta.sqrt() * torch.randn(x.shape, generator=generator).to(x)
+        x = diffusion.q_step(x, scheduler.betas[t].to(x), torch.randn(x.shape, generator=generator).to(x))
     return x
 
 

@@ -6,7 +6,6 @@ import torch
 from lib import inpaint, masks, show, widgets
 
 EXAMPLE = {"FIRST": 20000040, "SEED": 0}             # the lesson's own parameters; a test compares them
-RED = torch.tensor([0.85, 0.1, 0.1]).view(1, 3, 1, 1)
 AREAS = (0.05, 0.5)                                  # what the slider of the mask widget offers
 
 
@@ -165,12 +164,6 @@ def offsets(field, grid):
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     dy, dx = field.view(h, w) // w - y, field.view(h, w) % w - x
     return torch.stack([0.5 + dx / (2 * w), 0.5 + dy / (2 * h), torch.full((h, w), 0.5)])[None]
-
-
-def thumbs_row(images, size=128):
-    """Small pictures enlarged to about `size` pixels, as they are."""
-    scale = max(1, size // images.shape[-1])
-    return images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
 
 
 # ---------------------------------------------------------------- its stored pictures
