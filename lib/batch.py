@@ -488,7 +488,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--pin", action="store_true", help="worker i on core i only, one thread")
     add.add_argument("--report", action="store_true", help="make the report at the end")
     add.add_argument("--quiet", action="store_true", help="no progress bar")
-    add = commands.add_parser("status", help="counts by status and the commonest messages; exit code 3 while work is left")
+    add = commands.add_parser("status", help="counts by status, the commonest messages; exit code 3 while work is left")
     add.add_argument("folder", type=Path)
     add.add_argument("--verify", action="store_true", help="read every output and compare its hash")
     add.add_argument("--json", action="store_true")
@@ -499,17 +499,17 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("folder", type=Path)
     add.add_argument("--to", type=Path, help="another folder than FOLDER/report")
     add = commands.add_parser("bench", help="scaling, cost of the commits, memory; on this machine")
-    add.add_argument("--images", type=int, default=600, help="pictures of the scaling run (default: %(default)s; 0: skip it)")
-    add.add_argument("--memory", type=int, default=0, help="also watch memory over so many cheap pictures, such as 25000")
+    add.add_argument("--images", type=int, default=600, help="of the scaling run (default: %(default)s; 0: skip it)")
+    add.add_argument("--memory", type=int, default=0, help="also watch memory over so many cheap pictures")
     add.add_argument("--edits", type=int, default=0, help="also run the real pipeline on so many frames")
-    add.add_argument("--steps", type=int, default=50, help="denoising steps of the real pipeline (default: %(default)s)")
-    add.add_argument("--device", default="cpu", help="of the real pipeline; cuda: one process, then two on the one card")
-    add.add_argument("--model", default="mini", help="of the real pipeline; random-sd15 needs no download")
-    add.add_argument("--dtype", default="auto", help="of the real pipeline: float16 or float32, to compare them")
+    add.add_argument("--steps", type=int, default=50, help="denoising steps of its edits (default: %(default)s)")
+    add.add_argument("--device", default="cpu", help="of its edits; cuda: one process, then two on one card")
+    add.add_argument("--model", default="mini", help="of its edits; random-sd15 needs no download")
+    add.add_argument("--dtype", default="auto", help="of its edits: float16 or float32, to compare them")
     add = commands.add_parser("worker")                           # what run starts; also a line of a Slurm array
     add.add_argument("folder", type=Path)
-    for name, kind, default in (("index", int, 0), ("of", int, 1), ("batch", int, 0), ("loaders", int, 2), ("pin", int, -1),
-                                ("lease", float, LEASE), ("deadline", float, 0), ("parent", int, 0)):
+    for name, kind, default in (("index", int, 0), ("of", int, 1), ("batch", int, 0), ("loaders", int, 2),
+                                ("pin", int, -1), ("lease", float, LEASE), ("deadline", float, 0), ("parent", int, 0)):
         add.add_argument(f"--{name}", type=kind, default=default)
     for name, default in (("device", "cpu"), ("root", ""), ("stop-file", "")):
         add.add_argument(f"--{name}", default=default)

@@ -263,8 +263,9 @@ def _edits(folder, count, steps, device, model, dtype, say):
         each = operations(model, size).image(float(np.mean(passes)))
         say(f"the real pipeline, {steps} steps, {size} x {size}, {workers} process{'es' * (workers > 1)} on {device}: "
             f"{found['rate']:.3f} images/s, {states['ok']} of {count} ok")
-        say(f"            {np.mean(passes):.0f} passes and {each:.3g} TFLOP an image: {each * found['rate']:.3g} TFLOP/s; "
-            f"in inference {found['busy']:.0%} of a worker's time; " + watch.words(found["rows"]))
+        say(f"            {np.mean(passes):.0f} passes and {each:.3g} TFLOP an image: "
+            f"{each * found['rate']:.3g} TFLOP/s; in inference {found['busy']:.0%} of a worker's time; "
+            + watch.words(found["rows"]))
         say(f"            commits {found['commit']:.2%} of the time ({found['wait']:.2%} waited for)")
         show_memory(found["rows"], say, "real pipeline")
 

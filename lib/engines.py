@@ -205,7 +205,7 @@ def ray(job, plan, progress, stopped) -> int:
 
 @contextlib.contextmanager
 def loopback_cluster(nodes=2, tries=3):
-    """A Ray cluster inside this machine, to learn and to test with: a head that does no work, and nodes of one CPU each.
+    """A Ray cluster inside this machine, to learn and to test with: a head that does no work, nodes of one CPU each.
 
     Yields (cluster, nodes) with this process connected to it; `cluster.remove_node(nodes[0], allow_graceful=False)` is
     a machine that dies. Ray gives a node 30 s to come up, which a busy machine may miss: then all of it is tried again.

@@ -162,7 +162,8 @@ def list_inputs(source, depth="", limit=0) -> tuple[list[dict], int]:
                     others += not (depth and Path(name).suffix.lower() in DEPTHS)
     elif source.is_file():
         root = source.parent
-        found = [root / line for line in source.read_text(encoding="utf8", errors="surrogateescape").splitlines() if line]
+        listed = source.read_text(encoding="utf8", errors="surrogateescape")
+        found = [root / line for line in listed.splitlines() if line]
     else:
         raise Refused(f"There is no input at {source}: give a folder of pictures, a list of paths, or a video.")
     items = [_item(path, root, depth) for path in sorted(set(found), key=str)]
@@ -204,7 +205,8 @@ def load_processor(spec: str):
             module = importlib.import_module(place)
         return getattr(module, name)
     except (ImportError, AttributeError, ValueError, OSError) as error:
-        raise Refused(f"No processor '{spec}' ({error}); known: {', '.join(processors.KNOWN)}, or module:Class.") from None
+        known = ", ".join(processors.KNOWN)
+        raise Refused(f"No processor '{spec}' ({error}); known: {known}, or module:Class.") from None
 
 
 @dataclass
@@ -269,7 +271,8 @@ def open_or_create(folder, source="", process="", settings=None, shard_size=0, p
     shard_size = shard_size or (128 if len(items) >= 2048 else max(8, -(-len(items) // 16)))
     listed = _lines(items)
     fingerprint = {"processor": process.rpartition("/")[2], "inputs": _list_hash(items), "shard_size": shard_size,
-                   "pack": pack or "files", **kind.identity(settings), **{f"settings.{k}": v for k, v in settings.items()}}
+                   "pack": pack or "files", **kind.identity(settings),
+                   **{f"settings.{k}": v for k, v in settings.items()}}
     facts = {"processor": process, "settings": settings, "fingerprint": fingerprint, "root": str(root),
              "created": time.strftime("%Y-%m-%d %H:%M:%S"), "count": len(items)}
     write_atomic(folder / "inputs.jsonl", listed)

@@ -29,7 +29,7 @@ from lib.jobs import FINAL, Job, read_json, read_rows, write_atomic, writing
 SCORES = {"depth_rmse": "depth RMSE", "rmse": "RMSE"}       # what a processor may have measured, the first found counts
 COLOURS = {"ok": "#54a24b", "bad_input": "#f58518", "nan": "#b279a2", "oom": "#e45756", "error": "#9d2d2d",
            "left": "#d9d9d9"}
-TILE, CELLS, SHOWN = 112, 12, 4             # contact sheets: pixels of a picture, images a sheet, images a row
+TILE, CELLS = 112, 12                       # contact sheets: pixels of a picture, images a sheet
 MAP_SCALE = 0.3                             # error that is white on every error map
 GAP = 120.0                                 # seconds without a row: the job stood still between two sessions
 
@@ -84,9 +84,9 @@ def throughput(lines, bins=60) -> dict:
         batch.setdefault(line["worker"], []).append((t, line["batch"]))
     counts, width = np.histogram(clock, edges)[0], edges[1] - edges[0]
     first = int((clock == 0).sum())                               # the work of the first batch lies before its stamp
-    return {"seconds": float(clock[-1]), "rate": (len(done) - first) / max(clock[-1], 1e-6), "times": edges[:-1] + width / 2,
-            "rates": counts / width, "oom": [(t, line["oom"]) for t, line in zip(clock, done) if line.get("oom")],
-            "batch": batch}
+    return {"seconds": float(clock[-1]), "rate": (len(done) - first) / max(clock[-1], 1e-6),
+            "times": edges[:-1] + width / 2, "rates": counts / width,
+            "oom": [(t, line["oom"]) for t, line in zip(clock, done) if line.get("oom")], "batch": batch}
 
 
 def time_spent(job: Job) -> dict:
@@ -109,7 +109,8 @@ def summary(job: Job, lines=None) -> dict:
             "pooled": {k: round(float(v), 6) for k, v in pooled(values).items()},
             "images_per_second": round(flow["rate"], 4), "seconds": round(flow["seconds"], 1),
             "workers": sorted({line["worker"] for line in lines if "worker" in line}),
-            "oom_events": sum(n for _, n in flow["oom"]), "in_full_precision": sum(bool(r.get("precise")) for r in lines),
+            "oom_events": sum(n for _, n in flow["oom"]),
+            "in_full_precision": sum(bool(line.get("precise")) for line in lines),
             "peak_mb": max((line.get("peak_mb", 0) for line in lines), default=0),
             "time_spent": {k: round(v, 2) for k, v in time_spent(job).items()},
             "top_messages": [[status, text, n] for (status, text), n in messages.most_common(5)],
@@ -244,7 +245,7 @@ def _thumb(source) -> Image.Image:
 
 
 def _error_tile(line, before, after) -> Image.Image:
-    """Where the depth is off; without depth, how much each pixel changed. One scale for all: 0 black, MAP_SCALE white."""
+    """Where the depth is off; without depth, how much each pixel changed. One scale: 0 black, MAP_SCALE white."""
     from lib.processors import unpack_map
     if line.get("metric_error_map"):
         error = unpack_map(line["metric_error_map"])
@@ -324,45 +325,49 @@ def as_html(facts, pictures, bad) -> str:
              "<h2>What became of the inputs</h2>", image("status", "status of all inputs"),
              _rows([(n, f"{c:,}") for n, c in counts.items()], safe)]
     if facts["top_messages"]:
-        parts += ["<p>The commonest reasons:</p>", _rows([(f"{s}: {t}", f"{n:,}") for s, t, n in facts["top_messages"]], safe),
+        parts += ["<p>The commonest reasons:</p>",
+                  _rows([(f"{s}: {t}", f"{n:,}") for s, t, n in facts["top_messages"]], safe),
                   f"<details><summary>all {len(bad):,} inputs that are not ok (at most 200 are listed)</summary>",
                   _rows([(row["id"], f"{row['status']}: {row['message']}") for row in bad[:200]], safe), "</details>"]
     if facts["pooled"]:
         parts += _score_section(facts, image, safe)
     for which, words in (("worst", "The worst"), ("best", "The best"), ("random", "Some by lot")):
         if which in pictures:
-            parts += [f"<h2>{words}</h2><p class='note'>Input, output, error map. All error maps share one scale: black is "
-                      f"0, white is {MAP_SCALE} or more.</p>", image(which, words)]
+            parts += [f"<h2>{words}</h2><p class='note'>Input, output, error map. All error maps share one scale: "
+                      f"black is 0, white is {MAP_SCALE} or more.</p>", image(which, words)]
     parts += ["<h2>Speed</h2>", image("throughput", "images a second over time"),
-              f"<p>{facts['oom_events']} times memory ran out and the batch was halved; {facts['in_full_precision']} images "
-              f"were done again in full precision.</p>",
+              f"<p>{facts['oom_events']} times memory ran out and the batch was halved; "
+              f"{facts['in_full_precision']} images were done again in full precision.</p>",
               _rows([(_SPENT[k], f"{v:,.1f} s") for k, v in facts["time_spent"].items() if k in _SPENT], safe),
               "<h2>Settings</h2>", _rows(facts["fingerprint"].items(), safe), "</html>\n"]
     return "\n".join(part for part in parts if part)
 
 
-_SPENT = {"wall": "all workers' time, shard by shard", "load": "decoding (in threads)", "wait_load": "waiting for decoding",
-          "infer": "inference", "encode": "encoding (in a thread)", "commit": "writing and committing (in a thread)",
-          "wait_commit": "waiting for commits"}
+_SPENT = {"wall": "all workers' time, shard by shard", "load": "decoding (in threads)",
+          "wait_load": "waiting for decoding", "infer": "inference", "encode": "encoding (in a thread)",
+          "commit": "writing and committing (in a thread)", "wait_commit": "waiting for commits"}
 
 
 def _score_section(facts, image, safe) -> list:
     name = SCORES[facts["score"]]
-    meaning = ("Depth, estimated again on each output, against the depth that the edit intended (the input's own, with the "
-               "object's surface at its depth), after the best scale and shift; unit: the course's depth from 0 to 1."
+    meaning = ("Depth, estimated again on each output, against the depth that the edit intended (the input's own, with "
+               "the object's surface at its depth), after the best scale and shift; unit: the course's depth, 0 to 1."
                if facts["score"] == "depth_rmse" else "Of the output against the input, for values from 0 to 1.")
     return [f"<h2>{safe(name)}</h2><p>{meaning}</p>",
             _rows([(k, f"{v:,.0f}" if k == "images" else f"{v:.4f}") for k, v in facts["pooled"].items()], safe),
             "<p><b>How images are pooled.</b> Each image gives one RMSE over its pixels. The <i>mean</i> treats every "
             "image alike. The <i>root of the mean square</i> is the RMSE over all pixels of all images (of one size) "
-            "together; it is never smaller, and a few bad images raise it. They answer different questions; do not compare "
-            "one with the other.</p>", image("over_time", f"{name} over time"), image("histogram", f"histogram of {name}"),
-            image("ecdf", f"ECDF of {name}")]
+            "together; it is never smaller, and a few bad images raise it. They answer different questions; do not "
+            "compare one with the other.</p>", image("over_time", f"{name} over time"),
+            image("histogram", f"histogram of {name}"), image("ecdf", f"ECDF of {name}")]
 
 
 def _rows(pairs, safe) -> str:
-    return "<table>" + "".join(f"<tr><td>{safe(k)}</td><td class='n'>{safe(v)}</td></tr>" for k, v in pairs) + "</table>"
+    cells = "".join(f"<tr><td>{safe(k)}</td><td class='n'>{safe(v)}</td></tr>" for k, v in pairs)
+    return f"<table>{cells}</table>"
 
 
 def _hours(seconds) -> str:
-    return f"{seconds:.0f} s" if seconds < 300 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 300:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
