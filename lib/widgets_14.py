@@ -1,6 +1,9 @@
 """Lesson 14's charts, its planner (a panel), and its stored pictures."""
+import contextlib
 import io
 import math
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,7 +38,7 @@ def timestamps(times, shown, step=0.1):
     times = np.asarray(times, float)
     axes.vlines(times, 0, 0.35, color="#4c78a8", linewidth=1.1, label="a frame's timestamp")
     grid = times[0] + step * np.arange(len(shown))
-    axes.vlines(grid, 0.6, 1, color="#999999", linewidth=0.8, label="grid time, every 0.1 s")
+    axes.vlines(grid, 0.6, 1, color="#999999", linewidth=0.8, label=f"grid time, every {step:g} s")
     axes.plot([grid, times[shown]], [np.full(len(grid), 0.6), np.full(len(grid), 0.35)], color="#e45756", linewidth=0.8)
     axes.set_yticks([])
     axes.set_xlabel("seconds")
@@ -60,7 +63,7 @@ def curves(x, series, xlabel, ylabel, alt="chart", bottom=0):
 
 def timeline(rows, kills, total, start):
     """Each input's final row as a dot: when (seconds since `start`), which place, which process; kills as lines."""
-    view, axes = _view(8.4, 3.2, "each finished image over time, in the colour of the process that made it; kills as lines")
+    view, axes = _view(8.4, 3.2, "each finished image over time, in its process's colour; kills as lines")
     workers = list(dict.fromkeys(row["worker"] for row in sorted(rows, key=lambda row: row["time"])))
     places = {row["id"]: k for k, row in enumerate(rows)}
     for k, worker in enumerate(workers):
@@ -71,36 +74,39 @@ def timeline(rows, kills, total, start):
         axes.axvline(t - start, color="black", linewidth=1, linestyle="--", label=None if k else "kill -9")
     axes.set_xlabel("seconds since the first start")
     axes.set_ylabel("place in the list")
+    axes.set_xlim(left=0)
     axes.set_ylim(-2, total + 2)
     axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return view
 
 
-def killed_run(folder, source, times=3, seconds=1.5, process="tint", settings=()):
-    """Start a job, `kill -9` its whole process group after some rows, start it again, ...; (kill times, start, last code)."""
-    import os
-    import signal
-
-    from lib import jobs, setup
+def killed_run(folder, source, times=3, process="tint", settings=()):
+    """Start a job, `kill -9` parent and worker after a part of its rows, start it again, and so on `times` times; then
+    let it finish. Returns (kill times, start, exit code of the last run)."""
+    from lib import setup
     words = [sys.executable, "-m", "lib.batch", "run", str(folder), "--input", str(source), "--process", process,
              "--workers", "1", "--batch", "2", "--quiet", "--device", "cpu", *settings]
     env = {**os.environ, "PYTHONPATH": str(setup.root() if (setup.root() / "lib").is_dir() else setup.root().parent)}
     options = dict(env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
-    begin, kills, seen = time.time(), [], 0
-    for _ in range(times):
-        process_ = subprocess.Popen(words, **options)
-        end = time.time() + 30
-        while process_.poll() is None and time.time() < end:      # strike after it has finished something new
-            if (Path(folder) / "run.json").exists() and len(jobs.open_job(folder).rows()) > seen + 4:
-                break
-            time.sleep(0.05)
-        crew = _children(process_.pid)
-        for pid in [process_.pid, *crew]:
-            with_no_mercy(pid, signal.SIGKILL)
-        process_.communicate()
+    begin, kills = time.time(), []
+    for share in np.arange(1, times + 1) / (times + 1):
+        parent = subprocess.Popen(words, **options)
+        while parent.poll() is None and _share_done(folder) < share:
+            time.sleep(0.02)
+        for pid in [parent.pid, *_children(parent.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         kills.append(time.time())
-        seen = len(jobs.open_job(folder).rows())
+        parent.communicate()
     return kills, begin, subprocess.run(words, **options).returncode
+
+
+def _share_done(folder) -> float:
+    from lib import jobs
+    if not (Path(folder) / "run.json").exists():
+        return 0.0
+    job = jobs.open_job(folder)
+    return len(job.rows()) / len(job.items)
 
 
 def _children(pid) -> list[int]:
@@ -109,15 +115,6 @@ def _children(pid) -> list[int]:
         return [child.pid for child in psutil.Process(pid).children(recursive=True)]
     except psutil.Error:
         return []
-
-
-def with_no_mercy(pid, number):
-    """Send a signal; no matter if the process is gone."""
-    import os
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 # ---------------------------------------------------------------- how long it takes
@@ -218,14 +215,14 @@ def plan_strip():
 
 
 def make_figures(folder):
-    """Draw the stored pictures of lesson 14 (some seconds: one of them is a real job that is killed). Returns their paths."""
+    """Draw the stored pictures of lesson 14 (some seconds: one is a real job that is killed). Returns their paths."""
     from lib import bench, jobs
     folder, paths = Path(folder), []
     with tempfile.TemporaryDirectory() as base:
-        source = bench.make_inputs(Path(base) / "in", 60, 64)
+        source = bench.make_inputs(Path(base) / "in", 80, 64)
         job = Path(base) / "job"
-        kills, begin, _ = killed_run(job, source, process="lib.bench:Work", settings=("--set", "rounds=900"))
-        drawn = _pil(timeline(jobs.open_job(job).rows(), kills, 60, begin))
+        kills, begin, _ = killed_run(job, source, process="lib.bench:Work", settings=("--set", "wait=0.1"))
+        drawn = _pil(timeline(jobs.open_job(job).rows(), kills, 80, begin))
     for name, picture in (("14_killed", drawn), ("14_plan", plan_strip())):
         data = io.BytesIO()
         picture.quantize(64, dither=Image.Dither.NONE).save(data, "PNG", optimize=True)
