@@ -44,8 +44,8 @@ def lanes(sessions, marks=(), names=None):
     free = dict.fromkeys(workers, 0.0)
     for (k, worker, end), parts in sorted(batches.items(), key=lambda item: item[0][2]):
         left = max(free[k, worker], end - start - sum(parts))
-        axes.barh(workers.index((k, worker)), end - start - left, left=left, height=0.7, color=COLOURS[k % len(COLOURS)],
-                  edgecolor="white", linewidth=0.8)
+        axes.barh(workers.index((k, worker)), end - start - left, left=left, height=0.7,
+                  color=COLOURS[k % len(COLOURS)], edgecolor="white", linewidth=0.8)
         free[k, worker] = end - start
     for moment, text in marks:
         axes.axvline(moment - start, color="black", linewidth=1, linestyle="--")
@@ -62,18 +62,19 @@ def lanes(sessions, marks=(), names=None):
 # ---------------------------------------------------------------- what an image costs on a card
 
 CARDS = {"T4": 65.0, "L4": 121.0, "A100": 312.0, "H100": 990.0}  # TFLOP/s, float16, dense: the makers' data sheets
+USED = 0.12             # share of the peak that plain diffusers reached on a T4 (the lesson works it out)
 BUDGET = 2.5                                                     # seconds an image and a GPU
 PASSES_A_STEP = 3                                                # of mechanism "inject"; the lesson counts them
 
 
-def seconds_an_image(operations, passes, card="T4", used=0.2) -> float:
+def seconds_an_image(operations, passes, card="T4", used=USED) -> float:
     """Operations of an image divided by what a card does in a second: its peak, times the share that is reached."""
     if card not in CARDS or not 0 < used <= 1 or passes < 1:
         raise ValueError(f"Give 1 pass or more, a share in (0, 1] and a card of: {', '.join(CARDS)}.")
     return operations.image(passes) / (CARDS[card] * used)
 
 
-def steps_within(operations, seconds=BUDGET, card="T4", used=0.2) -> int:
+def steps_within(operations, seconds=BUDGET, card="T4", used=USED) -> int:
     """How many denoising steps fit into `seconds`; 0: not even one."""
     steps = 0
     while seconds_an_image(operations, PASSES_A_STEP * (steps + 1), card, used) <= seconds and steps < 1000:
@@ -90,7 +91,7 @@ def _operations(side):
     return bench.operations("sd15", side)
 
 
-def budget_view(steps=9, used=0.2, card="T4", side=512, gpus=2, thousands=25):
+def budget_view(steps=9, used=USED, card="T4", side=512, gpus=2, thousands=25):
     """Left: seconds an image against steps, by part. Right: hours of the job against GPUs. A PIL picture."""
     ops, each = _operations(side), np.arange(1, 51)
     if gpus not in range(1, 9) or thousands < 1 or steps not in each:
@@ -102,7 +103,7 @@ def budget_view(steps=9, used=0.2, card="T4", side=512, gpus=2, thousands=25):
     left.stackplot(each, parts, labels=["VAE", "depth", "U-Net"], colors=["#f58518", "#b279a2", "#4c78a8"])
     here = seconds_an_image(ops, PASSES_A_STEP * steps, card, used)
     left.axhline(BUDGET, color="black", linestyle="--", linewidth=1, label=f"{BUDGET} s")
-    left.plot([steps], [here], "o", color="#e45756", markersize=8)
+    left.plot([steps], [here], "o", color="#e45756", markersize=8, clip_on=False)
     left.set_xlim(1, 50)
     left.set_xlabel("denoising steps")
     left.set_ylabel(f"seconds an image on one {card}")
@@ -113,20 +114,22 @@ def budget_view(steps=9, used=0.2, card="T4", side=512, gpus=2, thousands=25):
     session = (kaggle.SESSION - kaggle.MARGIN) / 3600
     for k in range(1, int(min(hours.max() / session, 6)) + 1):
         right.axhline(k * session, color="#555555", linestyle=":", linewidth=1)
-        right.text(8.6, k * session, _count(k, "session"), fontsize=8, ha="right", va="bottom", color="#555555")
+        right.text(9.8, k * session, _count(k, "session"), fontsize=8, ha="right", va="bottom", color="#555555")
+    right.set_xlim(0.4, 9.9)
     right.set_xlabel("GPUs")
     right.set_ylabel(f"hours for {thousands},000 images")
     return _pil(view)
 
 
-def budget_text(steps=9, used=0.2, card="T4", side=512, gpus=2, thousands=25) -> str:
+def budget_text(steps=9, used=USED, card="T4", side=512, gpus=2, thousands=25) -> str:
     ops = _operations(side)
     here = seconds_an_image(ops, PASSES_A_STEP * steps, card, used)
     hours, fit = thousands * 1000 * here / 3600 / gpus, steps_within(ops, BUDGET, card, used)
     passes, word = PASSES_A_STEP * steps, "within" if here <= BUDGET else "over"
-    return (f"{_count(steps, 'step')}: {passes} passes, {ops.image(passes):.0f} TFLOP an image. At {used:.0%} of the {card}'s "
-            f"{CARDS[card]:.0f} TFLOP/s: {here:.2f} s, {word} {BUDGET} s (into which {_count(fit, 'step')} would fit). "
-            f"{thousands},000 images on {_count(gpus, 'GPU')}: {hours:.1f} h, {_count(sessions_of(hours), 'session')} of 12 h")
+    return (f"{_count(steps, 'step')}: {passes} passes, {ops.image(passes):.0f} TFLOP an image. At {used:.0%} of the "
+            f"{card}'s {CARDS[card]:.0f} TFLOP/s: {here:.2f} s, {word} {BUDGET} s (into which {_count(fit, 'step')} "
+            f"would fit). {thousands},000 images on {_count(gpus, 'GPU')}: {hours:.1f} h, "
+            f"{_count(sessions_of(hours), 'session')} of 12 h")
 
 
 def _count(n, thing) -> str:
@@ -141,7 +144,7 @@ def budget():
         lambda **values: (budget_view(**values), budget_text(**values)), "gpu-budget",
         card=ipywidgets.Dropdown(options=list(CARDS), value="T4", description="card", **wide),
         side=ipywidgets.Dropdown(options=[512, 768], value=512, description="side, pixels", **wide),
-        steps=widgets.slider(9, 1, 50, 1, "steps"), used=widgets.slider(0.2, 0.05, 0.6, 0.05, "share of peak"),
+        steps=widgets.slider(9, 1, 50, 1, "steps"), used=widgets.slider(USED, 0.04, 0.6, 0.01, "share of peak"),
         gpus=widgets.slider(2, 1, 8, 1, "GPUs"), thousands=widgets.slider(25, 1, 100, 1, "images x 1000"))
 
 
@@ -187,6 +190,7 @@ def hand_out_view(shards=12, second=0.6, plan=PLANS[2]):
     axes.set_ylim(1.5, -0.5)
     axes.set_xlim(0, 260)
     axes.set_xlabel("seconds (hatched: nothing to do)")
+    axes.set_title(f"{plan}, {shards} shards", loc="left", fontsize=9)
     return _pil(view)
 
 
@@ -194,8 +198,8 @@ def hand_out_text(shards=12, second=0.6, plan=PLANS[2]) -> str:
     work = _work(shards)
     last = max(end for *_, end in hand_out(work, [1.0, second], plan))
     best = sum(_work(1, setup=0.0)) / (1 + second)
-    return (f"{shards} shards of about {240 / shards:.0f} images, {plan}: {last:.0f} s, {last / best - 1:.0%} more than the "
-            f"{best:.0f} s without waiting and without beginnings")
+    return (f"{shards} shards of about {240 / shards:.0f} images, {plan}: {last:.0f} s, {last / best - 1:.0%} more "
+            f"than the {best:.0f} s without waiting and without beginnings")
 
 
 def shards():
@@ -254,7 +258,8 @@ def make_figures(folder):
         parts, _, ended = two_sessions(base)
         drawn = _pil(lanes(parts, [(ended, "the first session is over")]))
     stills = {"15_sessions": drawn, "15_budget": stack([budget_view(), budget_view(steps=50)]),
-              "15_hand_out": stack([hand_out_view(n, plan=plan) for n, plan in ((12, PLANS[0]), (12, PLANS[2]), (60, PLANS[2]))])}
+              "15_hand_out": stack([hand_out_view(n, plan=plan) for n, plan in
+                                    ((12, PLANS[0]), (12, PLANS[2]), (60, PLANS[2]))])}
     for name, picture in stills.items():
         data = io.BytesIO()
         picture.quantize(64, dither=Image.Dither.NONE).save(data, "PNG", optimize=True)
