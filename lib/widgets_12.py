@@ -188,6 +188,9 @@ def column(rows, task, mechanism, key):
 def pairs_view(rows, task, measure, first, second):
     """(PIL picture, text): two methods room by room, their differences, the paired and unpaired interval."""
     key, words, more = MEASURES[measure]
+    missing = {first, second} - {r["mechanism"] for r in rows if r["task"] == task}
+    if missing:
+        return _message(f"{words}: {task} was not done by {', '.join(missing)}."), "nothing to compare"
     a, b = (column(rows, task, m, key) for m in (first, second))
     keep = np.isfinite(a) & np.isfinite(b)
     a, b = a[keep], b[keep]

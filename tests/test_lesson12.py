@@ -145,20 +145,28 @@ def test_the_board_is_the_readmes(stored):
     assert summary == newest and not summary["settings"]["smoke"]
     methods = {r["mechanism"] for r in rows}
     assert {"alpha", *benchmark.MECHANISMS} <= set(summary["settings"]["mechanisms"]) <= methods
-    assert len(rows) == len(methods) * len(summary["seeds"]) * len(summary["tasks"])
+    once = (benchmark.WITH_DEPTH in methods) * len(summary["seeds"])            # in one of the tasks only
+    assert len(rows) == len(methods) * len(summary["seeds"]) * len(summary["tasks"]) - once
     assert all(c in rows[0] for c, _, _ in widgets_12.MEASURES.values())
 
 
-def test_the_board_is_computed_again_from_its_rows(stored, capsys):
+@pytest.mark.parametrize("with_depth", [False, True])
+def test_the_board_is_computed_again_from_its_rows(stored, capsys, with_depth):
+    """Also of a board with a method that is run in one task only."""
     summary, rows = stored
+    if with_depth and benchmark.WITH_DEPTH not in summary["tasks"]["insertion"]["means"]:
+        rows += tuple({**r, "mechanism": benchmark.WITH_DEPTH} for r in rows if (r["task"], r["mechanism"]) == ("insertion", "inject"))
+        settings = benchmark.Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in summary["settings"].items()})
+        summary = benchmark.summarise(rows, settings)
     baselines = [m for m in summary["settings"]["mechanisms"] if m in benchmark.BASELINES]
     space = run_cells("board-check", "wins", "goals", "goals-more", "goals-show", "goals-cost", np=np, baselines=baselines,
                       summary=summary, board=rows, benchmark=benchmark, metrics=metrics, widgets_12=widgets_12, show=show)
     assert "the stored ones are right" in capsys.readouterr().out
     assert len(space["differences"]) == sum(len(d) * 3 for t in summary["tasks"].values() for d in t["differences"].values())
     assert len(space["table"]) == 7 * len(summary["tasks"]) and len(space["rows"]) == len(summary["tasks"])
-    said = [cell for line in space["table"] for cell in line[2:]]
-    assert len(said) == 7 * len(summary["tasks"]) * len(benchmark.MECHANISMS)
+    said = [cell for line in space["table"] for cell in line[2:] if cell]
+    assert len(said) == 7 * sum(m in t["means"] for t in summary["tasks"].values()
+                                for m in (*benchmark.MECHANISMS, benchmark.WITH_DEPTH))
     assert all(cell.endswith((": reached", ": MISSED")) for cell in said)
 
 
@@ -169,6 +177,7 @@ def test_columns_of_the_board_follow_the_seeds(stored):
                           widgets_12.column(shuffled, "insertion", "alpha", "psnr"))
     with pytest.raises(ValueError, match="no 'magic'"):
         widgets_12.column(rows, "insertion", "magic", "psnr")
+    assert widgets_12.pairs_view(rows, "insertion", "PSNR", "magic", "alpha")[1] == "nothing to compare"
 
 
 def test_another_board_and_none(tmp_path):
