@@ -592,7 +592,8 @@ def markdown(summary):
              + ".", ""]
     for task, t in summary["tasks"].items():
         lines += [f"**{_TITLES[task]}** ({t['scenes']} scenes)", "", *_score_table(t, s), "",
-                  *_bound_lines(t), "", *_difference_table(t), ""]
+                  *_bound_lines(t), "", "<details><summary>Paired differences and their intervals</summary>", "",
+                  *_difference_table(t), "", "</details>", ""]
     lines += [_cost_line(summary["cost"], s)]
     return "\n".join(lines) + "\n"
 

@@ -267,9 +267,14 @@ class Edit(Layers):
         seen = (shot.object_layer[:, 3:] * (1 - shot.hidden_by) > 0.5).float()
         own = shot.photo.depth.resize(seen.shape[-2:]).values
         wanted = torch.where(seen > 0, torch.minimum(own, torch.full_like(own, float(shot.place.at))), own)
-        again = self.estimate(shot.result).resize(seen.shape[-2:]).values
+        again, given = self.estimate(shot.result).resize(seen.shape[-2:]), shot.photo.depth
         try:
-            fitted = depth.align_scale_shift(again, wanted)[0]
+            if given.kind == "metric" and again.kind == "inverse-relative":   # a straight line fits inverse depth only
+                span = given.far - given.near
+                fitted = (depth.metres_from(again, given.near + span * wanted) - given.near) / span
+                fitted = fitted.clamp(0, 1)
+            else:
+                fitted = depth.align_scale_shift(again.values, wanted)[0]
         except ValueError:
             return {}
         off = (fitted - wanted).abs()

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -725,6 +726,23 @@ def test_progress_counts_as_the_rows_do(tmp_path, source):
 
 
 # ---------------------------------------------------------------- the drill, and the real thing
+
+def test_metric_depth_is_compared_with_inverse_depth_as_depth():
+    """The same ramp in metres and, unknown in scale, as inverse depth: no error. Aligned as they are, there is a large one."""
+    import torch
+
+    from lib import depth
+    metres = torch.linspace(1, 6, 64).view(1, 1, 64, 1).expand(1, 1, 64, 64).contiguous()
+    given = depth.from_metric(metres, near=0.5, far=8.0)
+    nothing = torch.zeros(1, 4, 64, 64)
+    shot = SimpleNamespace(result=torch.rand(1, 3, 64, 64), object_layer=nothing, hidden_by=nothing[:, :1],
+                           photo=SimpleNamespace(depth=given), place=SimpleNamespace(at=0.5))
+    score = lambda found: processors.Edit.depth_error(SimpleNamespace(estimate=lambda image: found), shot)["depth_rmse"]
+    assert score(depth.from_inverse(7 / metres)) < 0.005 and score(given) < 1e-4
+    straight = depth.align_scale_shift(depth.from_inverse(7 / metres).values, given.values)[0]
+    assert float((straight - given.values).square().mean().sqrt()) > 0.03
+    assert score(depth.from_inverse(torch.rand(1, 1, 64, 64) + 0.1)) > 0.1
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pack", ["files", "tar"])
