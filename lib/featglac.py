@@ -56,7 +56,8 @@ class Settings:
         "relight" (composite x the smoothed ratio D(z) / D(E(composite)): see `relight`, `smooth`, `quiet`).
     cast, faint, shade, own, fov: of "relight", where the depth is in metres: shares of what the depth map says and of
         what the model says, about shadows around the object (cast, faint) and light on it (shade, own); see
-        `lib.light`. cast = shade = 0, faint = own = 1 leaves it to the model alone. fov: the camera's vertical field
+        `lib.light`. cast = shade = 0, faint = own = 1 leaves it to the model alone. tint: share of the *colour* of the
+        model's change on the object: light has little, and the object shall keep its hue. fov: the camera's vertical field
         of view, degrees.
     restore: "occluder" puts back what is in front of the object, "outside" all outside the ring too, "none".
     fill, soft: of `compose`: how the hole behind B's foreground is filled (`lib.inpaint.fill`), and the half
@@ -97,6 +98,7 @@ class Settings:
     faint: float = 0.3
     shade: float = 0.6
     own: float = 0.6
+    tint: float = 0.5
     fov: float = 50.0
     restore: str = "occluder"
     fill: object = "telea"
@@ -116,7 +118,7 @@ CHOICES = {
     "hole": ("ring", "around"),
     "mode": tuple(attention.MODES),
 }
-UNIT = ("noise_level", "strength", "keep", "free", "anchor", "paste_at", "cast", "faint", "shade", "own")
+UNIT = ("noise_level", "strength", "keep", "free", "anchor", "paste_at", "cast", "faint", "shade", "own", "tint")
 
 
 @dataclass
@@ -470,7 +472,8 @@ def _fov(options):
 NAMES = {f.name for f in fields(Settings)}
 #: What the latent baselines do best with; the defaults of `Settings` are those of inject and guide. The depth map's light
 #: is this course's addition, not theirs.
-BASELINE = {"guidance_scale": 2.0, "negative_prompt": "", "cast": 0.0, "shade": 0.0, "faint": 1.0, "own": 1.0}
+BASELINE = {"guidance_scale": 2.0, "negative_prompt": "", "cast": 0.0, "shade": 0.0, "faint": 1.0, "own": 1.0,
+            "tint": 1.0}
 #: Where the shape of what is put in is known from its depth, Lambert's law is trusted more, and the model less.
 RGBD = {"shade": 0.8, "own": 0.4}
 #: `compose` starts lower and smoother: a layer of many things is less wrong in its light than one cut-out.
@@ -570,7 +573,8 @@ def _decode(job, z) -> torch.Tensor:
     if job.set.decode == "relight":
         geometry = _geometry(job, after, before).to(target) if job.space and job.set.cast + job.set.shade else None
         shares = (1.0, 1.0) if geometry is None else (job.set.faint, job.set.own)
-        return relight(target, after, before, job.visible, job.set.smooth, job.set.quiet, geometry, *shares)
+        return relight(target, after, before, job.visible, job.set.smooth, job.set.quiet, geometry, *shares,
+                       job.set.tint)
     change = F.avg_pool2d((after - before).abs().mean(1, keepdim=True), 9, 1, 4, count_include_pad=False)
     weight = ((change - 0.04) / 0.12).clamp(0, 1)  # below 4 % change residual, above 16 % plain decoding
     return over(after.clamp(0, 1), weight, residual)
@@ -588,7 +592,8 @@ def _geometry(job, after, before):
     return light.change(job.space, job.light, job.set.cast, job.set.shade)
 
 
-def relight(picture, after, before, mask, smooth=0.02, quiet=0.0, geometry=None, faint=1.0, own=1.0) -> torch.Tensor:
+def relight(picture, after, before, mask, smooth=0.02, quiet=0.0, geometry=None, faint=1.0, own=1.0,
+            tint=1.0) -> torch.Tensor:
     """picture x after / before, the ratio smoothed inside and outside the mask apart: only the light changes.
 
     Light multiplies, and a shadow on a chequered floor leaves the chequers: a ratio keeps the picture's own
@@ -598,13 +603,16 @@ def relight(picture, after, before, mask, smooth=0.02, quiet=0.0, geometry=None,
     none, and a shadow has hardly a colour of its own.
     smooth: sigma of the blur, as a part of the smaller side. quiet: how much darker (log ratio) around the object
     counts as nothing: a small model's doubts are many and faint, a shadow is one and plain. geometry (1, 1, H, W): a
-    log factor on top (`light.change`); faint, own: shares of the model's own change outside and inside the mask.
+    log factor on top (`light.change`); faint, own: shares of the model's own change outside and inside the mask; tint:
+    of that inside, how much of its colour stays.
     """
     ratio = _log_ratio(after, before)
     inside = (mask >= 0.5).to(picture)
     grey = ratio.mean(1, keepdim=True).clamp(-2, 2)
     around = faint * (_blur_under(grey, _without_rim(1 - inside), smooth) + quiet).clamp(max=0)
-    inner = own * guided(ratio.clamp(-0.8, 0.8), picture, _without_rim(inside))
+    ratio = ratio.clamp(-0.8, 0.8)
+    ratio = over(ratio, tint, ratio.mean(1, keepdim=True))
+    inner = own * guided(ratio, picture, _without_rim(inside))
     change = over(inner, inside, around) + (0.0 if geometry is None else geometry)
     return (picture * change.exp()).clamp(0, 1)
 
