@@ -162,7 +162,7 @@ def differences(rows, task, key, against=None):
 
 # ---------------------------------------------------------------- an edit with one choice changed
 
-ALONE = {"samples": 1, "cast": 0.0, "shade": 0.0}      # one sample, and no light but the model's own
+ALONE = {"samples": 1, "cast": 0.0, "shade": 0.0, "tint": 1.0}      # one sample, and no light but the model's own
 
 
 def variant(pipe, c, steps, generator=None, mechanism="inject", grey=False, hard=False, clean=False,

@@ -142,7 +142,8 @@ def test_a_run_writes_rows_tables_and_pictures(parts, tmp_path):
     assert out == ["mini-2-compositing.png", "mini-2-insertion.png", "mini-2.csv", "mini-2.json", "mini-2.md"]
     rows = list(csv.DictReader((tmp_path / "out" / "mini-2.csv").open()))
     names = ["vae", "vae-residual", "plain-cfg", "alpha", "inject"]
-    assert sorted({r["mechanism"] for r in rows}) == sorted(names) and len(rows) == 2 * 2 * 5
+    mine = {task: sorted(r["mechanism"] for r in rows if r["task"] == task) for task in benchmark.TASKS}
+    assert mine == {"insertion": sorted(2 * [*names, benchmark.WITH_DEPTH]), "compositing": sorted(2 * names)}
     inject = [r for r in rows if r["mechanism"] == "inject" and r["task"] == "insertion"]
     mean = sum(float(r["rmse_shading"]) for r in inject) / 2
     assert summary["tasks"]["insertion"]["means"]["inject"]["rmse_shading"] == pytest.approx(mean, abs=1e-5)
