@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,6 +182,18 @@ class Layers(Processor):
             torch.cuda.empty_cache()
 
 
+def fitted_depth(found, given):
+    """The values of one `DepthMap` after the best scale and shift towards another's, (B, 1, H, W) in [0, 1].
+
+    Where one has metres and the other inverse depth, the line is fitted in inverse depth: no other is straight.
+    Raises ValueError where no line can be fitted (a constant map)."""
+    from lib import depth
+    if given.kind == "metric" and found.kind == "inverse-relative":
+        metres = depth.metres_from(found, given.metres())
+        return ((metres - given.near) / (given.far - given.near)).clamp(0, 1)
+    return depth.align_scale_shift(found.values, given.values)[0]
+
+
 class Edit(Layers):
     """`make edit` for every frame: the object at depth `at`, by FeatGLaC.
 
@@ -260,21 +273,14 @@ class Edit(Layers):
     def depth_error(self, shot) -> dict:
         """depth_rmse and a small map of where the depth is off (24 x 24, for the report)."""
         import torch
-
-        from lib import depth
         if not torch.isfinite(shot.result).all():
             return {}
         seen = (shot.object_layer[:, 3:] * (1 - shot.hidden_by) > 0.5).float()
-        own = shot.photo.depth.resize(seen.shape[-2:]).values
-        wanted = torch.where(seen > 0, torch.minimum(own, torch.full_like(own, float(shot.place.at))), own)
-        again, given = self.estimate(shot.result).resize(seen.shape[-2:]), shot.photo.depth
+        own = shot.photo.depth.resize(seen.shape[-2:])
+        wanted = torch.where(seen > 0, own.values.clamp(max=float(shot.place.at)), own.values)
+        again = self.estimate(shot.result).resize(seen.shape[-2:])
         try:
-            if given.kind == "metric" and again.kind == "inverse-relative":   # a straight line fits inverse depth only
-                span = given.far - given.near
-                fitted = (depth.metres_from(again, given.near + span * wanted) - given.near) / span
-                fitted = fitted.clamp(0, 1)
-            else:
-                fitted = depth.align_scale_shift(again.values, wanted)[0]
+            fitted = fitted_depth(again, replace(own, values=wanted))
         except ValueError:
             return {}
         off = (fitted - wanted).abs()
