@@ -762,6 +762,8 @@ def verdict(summary):
 
 def _without_model(t, name):
     """How much of that the depth map's light alone does, and whether the model's share may be chance."""
+    if name == WITH_DEPTH:  # geometry was not given the cut-out's depth: the difference is not the model's
+        return " Here the cut-out brings its own depth, which no other row is given."
     if "geometry" not in t["means"]:
         return ""
     said = []

@@ -387,6 +387,9 @@ def insert_object(pipe, image, depth, cutout, prompt, at, mechanism="inject", wh
             f"The depth map is {depth.size[0]}x{depth.size[1]}, the picture {image.shape[-2]}x"
             f"{image.shape[-1]}: resize one of them."
         )
+    if cutout_depth is not None and depth.kind != "metric":
+        raise ValueError(f"cutout_depth needs a picture whose depth is in metres too; this map is {depth.kind}: use a "
+                         "metric source, or leave cutout_depth out.")
     occluder = ((depth.values < depth.at(at)) & (depth.valid > 0.5)).float().to(image)
     extra = 0
     if cutout is None:

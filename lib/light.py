@@ -226,7 +226,7 @@ def neighbours(picture, expected, steps=(1, 2, 4)):
     picture (1, 3, h, w) in [0, 1]; expected (D, 1, h, w): log brightness that white surfaces would have. Two pixels
     some `steps` apart in a row or a column, whose colours are the same but for their brightness (`ALIKE`), are taken to
     be of one paint: then they differ in their light alone. Counted as in `explained`, but differences forget what
-    changes slowly, so that four times as many pixels speak for themselves.
+    changes slowly, so that four times as many pixels are taken to speak (tuned on validation rooms).
     """
     tint = picture.clamp(min=0.02).log()
     bright = tint.mean(1, keepdim=True)

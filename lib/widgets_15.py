@@ -104,6 +104,7 @@ def budget_view(steps=9, used=USED, card="T4", side=512, gpus=2, thousands=25):
     here = seconds_an_image(ops, PASSES_A_STEP * steps, card, used)
     left.axhline(BUDGET, color="black", linestyle="--", linewidth=1, label=f"{BUDGET} s")
     left.plot([steps], [here], "o", color="#e45756", markersize=8, clip_on=False)
+    left.set_title(f"{_count(steps, 'step')} (red dot): {here:.1f} s, worked out", fontsize=9.5)
     left.set_xlim(1, 50)
     left.set_xlabel("denoising steps")
     left.set_ylabel(f"seconds an image on one {card}")
@@ -115,6 +116,7 @@ def budget_view(steps=9, used=USED, card="T4", side=512, gpus=2, thousands=25):
     for k in range(1, int(min(hours.max() / session, 6)) + 1):
         right.axhline(k * session, color="#555555", linestyle=":", linewidth=1)
         right.text(9.8, k * session, _count(k, "session"), fontsize=8, ha="right", va="bottom", color="#555555")
+    right.set_title(f"{_count(gpus, 'GPU')} (red): {hours[gpus - 1]:.0f} hours", fontsize=9.5)
     right.set_xlim(0.4, 9.9)
     right.set_xlabel("GPUs")
     right.set_ylabel(f"hours for {thousands},000 images")

@@ -369,5 +369,9 @@ def test_the_verdict_says_what_was_done_without_a_model():
     said = benchmark.verdict({"tasks": {"insertion": {"means": means, "differences": {"inject": differences}}}})
     assert "50% smaller in the shadow zone (goal of half: reached)" in said
     assert "25% (shadow; the model adds to that), 25% (shading; what the model adds may be chance)" in said
+    rgbd = {"tasks": {"insertion": {"means": means | {benchmark.WITH_DEPTH: means["inject"]},
+                                    "differences": {"inject": differences, benchmark.WITH_DEPTH: differences}}}}
+    assert benchmark.verdict(rgbd).count("Without a model") == 1  # the gain of the cut-out's depth is not the model's
+    assert benchmark.verdict(rgbd).count("brings its own depth") == 1
     del means["geometry"]
     assert "Without a model" not in benchmark.verdict({"tasks": {"insertion": {"means": means, "differences": {"inject": differences}}}})

@@ -1,6 +1,8 @@
 """The edit from end to end on small random pipelines: every mechanism, restored pixels, clean traces, clear
 errors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -290,6 +292,9 @@ def test_insert_object_trusts_a_known_shape_more(tiny_pipe, scene):
     plain, known = run(), run(cutout_depth=room)
     assert (plain.settings["shade"], plain.settings["own"]) == (featglac.Settings.shade, featglac.Settings.own)
     assert {k: known.settings[k] for k in featglac.RGBD} == featglac.RGBD
+    with pytest.raises(ValueError, match="cutout_depth needs a picture whose depth is in metres"):
+        featglac.insert_object(tiny_pipe, scene[0], replace(ramp_depth(), kind="relative"), scene[1], "a red box", 0.5,
+                               cutout_depth=room)
     assert run(cutout_depth=room, own=0.0).settings["own"] == 0.0           # what is asked for counts
     assert not torch.equal(plain.image, known.image) and torch.equal(plain.composite, known.composite)
 
@@ -450,6 +455,18 @@ def test_a_nine_channel_inpainting_unet_can_be_the_generator(make_pipe, scene):
 def test_restoring_afterwards_equals_restoring_at_once(tiny_pipe, scene):
     loose, tight = (edit(tiny_pipe, scene, steps=3, restore=how) for how in ("none", "outside"))
     assert torch.equal(featglac.restored(loose), tight.image) and not torch.equal(loose.image, tight.image)
+
+
+def test_without_tint_a_thing_keeps_its_hue():
+    """A change that is redder than grey: with tint 0 the channels keep their ratios, with tint 1 they do not."""
+    picture, mask = torch.tensor([0.6, 0.3, 0.1]).view(1, 3, 1, 1).expand(1, 3, 32, 32), torch.ones(1, 1, 32, 32)
+    before = torch.full((1, 3, 32, 32), 0.5)
+    after = before * torch.tensor([1.0, 0.8, 0.7]).view(1, 3, 1, 1)
+    hue = lambda x: x / x.mean(1, keepdim=True)
+    off = [float((hue(featglac.relight(picture, after, before, mask, tint=tint)) - hue(picture)).abs().max())
+           for tint in (0.0, 0.5, 1.0)]
+    assert off[0] < 1e-4 < 0.01 < off[1] < off[2]
+    assert featglac.relight(picture, after, before, mask, tint=0.0).mean() < 0.9 * picture.mean()
 
 
 def test_relighting_changes_light_and_keeps_detail():
