@@ -38,6 +38,8 @@ register(Check(
         Wrong("own minimum and maximum", lambda z, near, far: (z - z.min()) / (z.max() - z.min()),
               "you scale by this picture's own nearest and farthest point, so the same chair would get another depth "
               "in the next picture: use `near` and `far`."),
+        Wrong("brackets forgotten", lambda z, near, far: ((z - near) / far - near).clamp(0, 1),
+              "the brackets are missing: a / b - c is (a / b) - c. Divide by (far - near)."),
         Wrong("inverse depth", lambda z, near, far: (near / z).clamp(0, 1),
               "this is inverse depth (near = high), what MiDaS and DPT give: the course's depth grows with distance."),
     ]))
@@ -128,6 +130,9 @@ register(Check(
               "you add the layer to the picture, so it glows like a double exposure: multiply the picture by 1 - a."),
         Wrong("swapped", _with(_right_alpha, lambda colour, a, image: colour * (1 - a) + image * a),
               "a and 1 - a are swapped: a belongs to the layer's colour, 1 - a to the picture."),
+        Wrong("alpha forgotten", _with(lambda alpha, depth, at: (depth >= at).float(), _right_blend),
+              "you paste the layer's whole square wherever the scene is not nearer: the layer's own alpha, layer[:, 3:], "
+              "is missing in a."),
         Wrong("hard edge", _with(lambda alpha, depth, at: ((alpha > 0.5) & (depth >= at)).float(), _right_blend),
               "you cut alpha to 0 or 1, which gives jagged edges: keep its soft values."),
     ]))

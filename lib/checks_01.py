@@ -76,6 +76,9 @@ register(Check(
               "0.5 * logvar is the logarithm of sigma: the exp is missing."),
         Wrong("sign of the logarithm", lambda mean, logvar, noise: mean + torch.exp(-0.5 * logvar) * noise,
               "the sign is wrong: exp(-0.5 * logvar) is 1/sigma, large where the encoder is sure."),
+        Wrong("root of the logarithm", lambda mean, logvar, noise: mean + logvar.sqrt() * noise,
+              "you take the square root of logvar, which is a logarithm and often negative (hence the NaN): take exp "
+              "first. sigma = exp(logvar).sqrt() = exp(0.5 * logvar)."),
         Wrong("the mode", lambda mean, logvar, noise: mean,
               "this is the mode of the Gaussian, not a sample: the noise is not used."),
         Wrong("mean forgotten", lambda mean, logvar, noise: torch.exp(0.5 * logvar) * noise,
@@ -180,6 +183,9 @@ register(Check(
               "you multiply by the scaling factor once more: encode multiplied, so decode must divide."),
         Wrong("scaled twice", _decoded(lambda z, f: z / f ** 2),
               "you divide by the scaling factor twice."),
+        Wrong("another VAE's factor", lambda vae, z: _decoded(lambda z, f: z / 0.18215)(vae, z),
+              "you divide by Stable Diffusion's 0.18215 whatever VAE you get; a factor belongs to ONE VAE: read "
+              "vae.config.scaling_factor."),
         Wrong("left in [-1, 1]", _decoded(_right_latent, lambda x: x.clamp(-1, 1)),
               "your picture is still in [-1, 1]; in this course pictures are in [0, 1]: x / 2 + 0.5."),
         Wrong("clamped first", _decoded(_right_latent, lambda x: x.clamp(0, 1)),
@@ -235,6 +241,8 @@ register(Check(
               "the division by sin(angle) is missing: at w = 0 you get a * sin(angle) instead of a."),
         Wrong("cosine for the angle", lambda a, b, w: _arc(a, b, w, torch.cos(_angle(a, b))),
               "you use the cosine as if it were the angle: torch.arccos turns it into one."),
+        Wrong("not normalised", lambda a, b, w: _arc(a, b, w, torch.arccos((a * b).flatten(1).sum(1)).view(-1, 1, 1, 1)),
+              "a . b is not the cosine yet, it lies far outside [-1, 1], where arccos is NaN: divide it by |a| |b|."),
         Wrong("one angle for the batch",
               lambda a, b, w: _arc(a, b, w, torch.arccos((a * b).sum() / (a.norm() * b.norm()))),
               "you use one angle for the whole batch; each sample needs its own: flatten(1), then sum over axis 1."),

@@ -16,6 +16,9 @@ def softmax(scores, dim):
     return e / e.sum(dim, keepdim=True)
 
 
+_exp = lambda scores, dim: (scores - scores.amax(dim, keepdim=True)).exp()
+
+
 def _softmax_cases(g):
     return [(torch.randn(2, 5, 7, generator=g) * 2, -1), (torch.randn(2, 5, 7, generator=g) * 2, 1),
             (torch.randn(4, 6, generator=g) * 30 + 200, -1)]            # exp(200) does not fit into a float32
@@ -38,6 +41,9 @@ register(Check(
               "you normalise along the wrong axis: the columns sum to 1, not the rows. Use `dim`, with keepdim=True."),
         Wrong("over everything", lambda scores, dim: scores.flatten().softmax(0).view_as(scores),
               "you divide by the sum over the whole tensor, so all rows together share one 1: sum along `dim`."),
+        Wrong("sum over everything", lambda scores, dim: _exp(scores, dim) / _exp(scores, dim).sum(),
+              "you divide by the sum over the whole tensor, so all rows together share one 1: sum along `dim`, with "
+              "keepdim=True."),
         Wrong("no exp", lambda scores, dim: scores / scores.sum(dim, keepdim=True),
               "you normalise the scores themselves, which gives negative shares: take exp first."),
         Wrong("logarithm", lambda scores, dim: scores.log_softmax(dim),
@@ -113,6 +119,10 @@ register(AttentionCheck(
         Wrong("sqrt of the values' width", _mistake(lambda q, k, v: math.sqrt(v.shape[-1])),
               "you take the width of the values; d is the width of queries and keys, q.shape[-1]: their dot product is "
               "what grows with d."),
+        Wrong("scaled after the softmax", lambda q, k, v: (q @ k.transpose(-1, -2)).softmax(-1) / math.sqrt(q.shape[-1]) @ v,
+              "you divide the weights, not the scores: each row then sums to 1 / sqrt(d). Divide before the softmax."),
+        Wrong("weights returned", lambda q, k, v: (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1),
+              "these are the weights, and they are right; the answer is the values mixed by them: weights @ v."),
         Wrong("K not transposed", _untransposed, NOT_TRANSPOSED),
         Wrong("K reshaped", lambda q, k, v: (q @ k.reshape(k.shape[0], k.shape[2], k.shape[1])
                                              / math.sqrt(q.shape[-1])).softmax(-1) @ v,
@@ -237,8 +247,10 @@ def blend_tokens(own, source, mask, size):
 
 
 def _blend_cases(g):
-    return [(torch.randn(b, h * w, c, generator=g), torch.randn(b, h * w, c, generator=g),
-             F.interpolate((torch.rand(b, 1, 2 * h, 2 * w, generator=g) > 0.6).float(), scale_factor=4), (h, w))
+    """Masks of squares that do not fit the tokens' grid: only the mean over a token gives its share."""
+    def mask(b, h, w):
+        return F.interpolate((torch.rand(b, 1, 2 * h, 2 * w, generator=g) > 0.8).float(), scale_factor=4).roll((1, 2), (-2, -1))
+    return [(torch.randn(b, h * w, c, generator=g), torch.randn(b, h * w, c, generator=g), mask(b, h, w), (h, w))
             for b, h, w, c in ((1, 4, 6, 5), (2, 3, 5, 4))]
 
 
@@ -264,6 +276,9 @@ register(Check(
         Wrong("nearest pixel", _with(lambda mask, size: _tokens(F.interpolate(mask, size=size, mode="nearest"))),
               "you take one pixel of the mask for each token; a token covers a whole square of pixels, and m is the "
               "share of it under the mask: average-pool."),
+        Wrong("bilinear", _with(lambda mask, size: _tokens(F.interpolate(mask, size=size, mode="bilinear"))),
+              "bilinear interpolation looks at the four pixels around each token's middle only; m is the share of the "
+              "whole token: average-pool."),
         Wrong("hard edge", _with(lambda mask, size: (_share(mask, size) > 0.5).float()),
               "you make the pooled mask 0 or 1: keep the soft shares at the edge, or the seam will show."),
         Wrong("any pixel", _with(lambda mask, size: _tokens(F.adaptive_max_pool2d(mask, size))),

@@ -161,6 +161,8 @@ register(Check(
         Wrong("absolute", _distances(lambda e: e.abs().sum(0), _inf),
               "you sum absolute differences; the task asks for SQUARED differences (a few large errors count "
               "more)."),
+        Wrong("root", _distances(lambda e: e.square().sum(0).sqrt(), _inf),
+              "you take the root; the task asks for the SQUARED distance (the order is the same, the numbers are not)."),
         Wrong("mean", _distances(lambda e: e.square().mean(0), _inf),
               "you take the mean over the patch; the task asks for the sum (the order is the same, the "
               "numbers are not)."),
@@ -272,6 +274,12 @@ register(Check(
               lambda x, s, t, abar, noise: (abar[t] / abar[s]).sqrt() * x + (abar[s] - abar[t]).sqrt() * noise,
               "the noise you add has variance abar_s - abar_t; x is shrunk at the same time, so it takes "
               "1 - abar_t / abar_s to arrive at level t."),
+        Wrong("all of level t's noise", lambda x, s, t, abar, noise:
+              (abar[t] / abar[s]).sqrt() * x + (1 - abar[t]).sqrt() * noise,
+              "you add the noise of level t as if x had none; it brings that of level s along: add sqrt(1 - abar_t / "
+              "abar_s)."),
+        Wrong("x not shrunk", _jump(_right, keep=torch.ones_like),
+              "x is not multiplied by sqrt(abar_t / abar_s), so the picture stays too strong under the noise."),
         Wrong("sqrt forgotten", _jump(_right, noise_scale=lambda r: 1 - r, keep=lambda r: r),
               "the square roots are missing: sqrt(ratio) x + sqrt(1 - ratio) noise."),
         Wrong("upside down", _jump(lambda abar, s, t: abar[s] / abar[t]),
