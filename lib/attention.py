@@ -24,11 +24,16 @@ import torch.nn.functional as F
 def attention(q, k, v, bias=None, return_weights=False):
     """softmax(Q K^T / sqrt(d)) V: q (..., Nq, d), k (..., Nk, d), v (..., Nk, dv) -> (..., Nq, dv).
 
-    bias: added to the scores before the softmax (-inf forbids a key). Equal to SDPA.
+    bias: added to the scores before the softmax (-inf forbids a key). Equal to SDPA. Half precision is worked out
+    in float32, as SDPA does inside: q . k passes float16's 65504 easily. The answer has q's dtype.
     """
+    dtype = q.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        q, k, v, bias = (x if x is None else x.float() for x in (q, k, v, bias))
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     weights = (scores if bias is None else scores + bias).softmax(dim=-1)
-    return (weights @ v, weights) if return_weights else weights @ v
+    out = (weights @ v).to(dtype)
+    return (out, weights.to(dtype)) if return_weights else out
 
 
 def split_heads(x, heads) -> torch.Tensor:
@@ -359,6 +364,50 @@ def check_masks(masks, sources) -> torch.Tensor:
     return masks
 
 
+class _Shares:
+    """How much of each source a layer's tokens take: masks pooled to its grid, times its strength; made once a layer."""
+
+    def __init__(self, unet, chosen, mask, strength, clock):
+        known = {layer.fraction for layer in layers(unet)}
+        each = strength if isinstance(strength, dict) else dict.fromkeys(known, strength)
+        if set(each) - known:
+            raise ValueError(f"strength names {sorted(each)}; this U-Net works at the fractions {sorted(known)}.")
+        if any(not 0 <= s <= 1 for s in each.values()):
+            raise ValueError(f"strength must lie in [0, 1], not {strength}.")
+        self.layers, self.strength = {layer.name: layer for layer in chosen}, each
+        self.mask, self.clock, self.checked, self.made = mask, clock, None, {}
+
+    def __call__(self, name, sources, k) -> torch.Tensor:
+        """(S, N, 1) for the S sources and the N tokens of keys k (B, N, C), in their dtype."""
+        if self.checked is None:
+            self.checked = check_masks(self.mask, sources)
+        size = self.clock.shape[-2:]
+        if (name, size) not in self.made:
+            layer = self.layers[name]
+            h, w = grid(layer, size)
+            if h * w != k.shape[1]:
+                raise ValueError(f"{name} has {k.shape[1]} tokens, but its grid should be {h}x{w}.")
+            self.made[name, size] = pool_mask(self.checked, (h, w)) * self.strength.get(layer.fraction, 0.0)
+        return self.made[name, size].to(k)
+
+
+def _sources(source, t, name, k, v) -> tuple:
+    """Keys and values (S, N, C) of the pictures that lead: the first of the call, or the bank's at this timestep."""
+    if isinstance(source, int):
+        if len(k) <= source:
+            raise ValueError(f"The U-Net call holds {len(k)} pictures, {source} of them sources: none is left.")
+        return k[:source], v[:source]
+    kept = source.at(t, name)
+    if "k" not in kept or "v" not in kept:
+        raise ValueError(f'The bank holds only {sorted(kept)}; record with what="kv" to inject it.')
+    if kept["k"].shape[1:] != k.shape[1:]:
+        raise ValueError(
+            f"{name}: recorded {tuple(kept['k'].shape[1:])}, but the generation has {tuple(k.shape[1:])}: "
+            "record and generate at the same picture size."
+        )
+    return kept["k"].to(k), kept["v"].to(v)
+
+
 @contextmanager
 def inject(unet, source, mask=1.0, strength=1.0, layers="all", window=(0.0, 1.0), parts="kv", mode="replace"):
     """Give self-attention the keys and values of other pictures, where the masks say so.
@@ -368,73 +417,34 @@ def inject(unet, source, mask=1.0, strength=1.0, layers="all", window=(0.0, 1.0)
         [fg, bg, generation, ...]).
     mask: (S, 1, H, W), one per source picture, of any resolution (average-pooled to each layer's grid); where
         their sum is below 1 the generation keeps its own share.
-    strength: in [0, 1], multiplies all masks; a dict {fraction: strength} sets it per resolution.
+    strength: in [0, 1], multiplies all masks; a dict {fraction: strength} sets it per resolution (0 where it
+        says nothing).
     window: (start, stop) along the way from noise (0) to picture (1). parts: "k", "v" or "kv".
     mode: "replace": K <- (1 - m) K + m K_source, token by token (COURSE 4);
         "query": each *query* under a mask attends to that source's K/V, the outputs blended (MasaCtrl with
         masks); "concat": the sources' tokens join the own ones with weight m (StyleAligned).
-    Own K/V at strength 1 change nothing (a test says so).
+    Own K/V at strength 1 change nothing (a test says so). With guidance both halves of a call are led alike.
     """
-    if mode not in ("replace", "query", "concat"):
-        raise ValueError(f"Unknown mode {mode!r}; known: replace, query, concat.")
+    if mode not in MODES:
+        raise ValueError(f"Unknown mode {mode!r}; known: {', '.join(MODES)}.")
     if not parts or set(parts) - set("kv"):
         raise ValueError(f'parts must be "k", "v" or "kv", not {parts!r}.')
+    if isinstance(source, int) and source < 1:
+        raise ValueError("A batched call needs at least one source picture in front.")
     chosen, clock = select(unet, layers), Clock()
     clock.is_active = in_window(window)
-    by_name = {layer.name: layer for layer in chosen}
-    fractions = {layer.name: layer.fraction for layer in chosen}
-    power = strength if isinstance(strength, dict) else {f: strength for f in set(fractions.values())}
-    if any(not 0 <= s <= 1 for s in power.values()):
-        raise ValueError(f"strength must lie in [0, 1], not {strength}.")
-    batched = isinstance(source, int)
-    if batched and source < 1:
-        raise ValueError("A batched call needs at least one source picture in front.")
-    count = source if batched else None
-    cache = {}
-
-    def masks_for(name, tokens, like):
-        """The pooled, strength-scaled masks (S, N, 1) for a layer's grid."""
-        key = (name, clock.shape[-2:])
-        if key not in cache:
-            h, w = grid(by_name[name], clock.shape[-2:])
-            if h * w != tokens:
-                raise ValueError(f"{name} has {tokens} tokens, but its grid should be {h}x{w}.")
-            cache[key] = pool_mask(checked, (h, w)) * power.get(fractions[name], 0.0)
-        return cache[key].to(like)
+    shares = _Shares(unet, chosen, mask, strength, clock)
+    lead = source if isinstance(source, int) else 0  # pictures of each call that are sources, and stay as they are
 
     def edit(name, q, k, v, run):
-        nonlocal count, checked
         if not clock.active:
             return run(k, v)
-        if batched:
-            if len(k) <= source:
-                raise ValueError(
-                    f"The U-Net call holds {len(k)} pictures, {source} of them sources: none is left."
-                )
-            k_src, v_src = k[:source], v[:source]
-        else:
-            kept = source.at(clock.t, name)
-            if "k" not in kept or "v" not in kept:
-                raise ValueError(f"The bank holds only {sorted(kept)}; record with what=\"kv\" to inject it.")
-            k_src, v_src = kept["k"].to(k), kept["v"].to(v)
-            count = len(k_src)
-        if checked is None:
-            checked = check_masks(mask, count)
-        if k_src.shape[1:] != k.shape[1:]:
-            raise ValueError(
-                f"{name}: recorded {tuple(k_src.shape[1:])}, but the generation has {tuple(k.shape[1:])}: "
-                "record and generate at the same picture size."
-            )
-        m = masks_for(name, k.shape[1], k)
-        k_src = k_src if "k" in parts else None
-        v_src = v_src if "v" in parts else None
-        if not batched:
-            return MODES[mode](q, k, v, k_src, v_src, m, run)
-        guides = run(k[:source], v[:source], q=q[:source])
-        rest = MODES[mode](q[source:], k[source:], v[source:], k_src, v_src, m, run)
-        return torch.cat([guides, rest])
+        k_src, v_src = _sources(source, clock.t, name, k, v)
+        m = shares(name, len(k_src), k)
+        k_src, v_src = (x if letter in parts else None for letter, x in (("k", k_src), ("v", v_src)))
+        led = MODES[mode](q[lead:], k[lead:], v[lead:], k_src, v_src, m, run)
+        return torch.cat([run(k[:lead], v[:lead], q=q[:lead]), led]) if lead else led
 
-    checked = None
     with tapped(unet, chosen, edit, clock, "inject"):
         yield clock
 
@@ -574,14 +584,18 @@ def hooked(unet, names, hook, clock, what):
 
 
 @contextmanager
-def record_features(unet, names, window=(0.0, 1.0)):
-    """Record the outputs of modules, e.g. "up_blocks.1.resnets.1": a `Bank` with {"out": (B, C, h, w)} per step."""
+def record_features(unet, names, window=(0.0, 1.0), device=None, dtype=None):
+    """Record the outputs of modules, e.g. "up_blocks.1.resnets.1": a `Bank` with {"out": (B, C, h, w)} per step.
+
+    device, dtype: where and how to keep them, as in `record`.
+    """
     clock, bank = Clock(), Bank([names] if isinstance(names, str) else list(names))
     clock.is_active = in_window(window)
 
     def keep(name, output):
         if clock.active:
-            bank.store[clock.t, name] = {"out": output.detach()}
+            kept = output.detach().to(device or output.device, dtype or output.dtype)
+            bank.store[clock.t, name] = {"out": kept}
             bank.size = clock.shape[-2:]
 
     with hooked(unet, bank.names, keep, clock, "record_features"):

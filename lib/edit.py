@@ -529,14 +529,17 @@ def with_model(shot: Shot, pipe, prompt="", mechanism="inject", generator=None, 
     background, hidden_by = to_model(shot.photo.image).clamp(0, 1), to_model(shot.hidden_by).clamp(0, 1)
     device = pipe.unet.device
     options = dict(generator=generator, inpaint_pipe=inpaint_pipe, space=_space(shot, box, size, layer), **settings)
+    cost = None
     if painted:
-        layer = featglac._object_from_prompt(pipe, background.to(device), hidden_by.to(device), alpha.to(device),
-                                             prompt, {k: v for k, v in options.items() if k != "space"})[0].cpu()
+        layer, cost = featglac.paint_object(pipe, background.to(device), hidden_by.to(device), alpha.to(device), prompt,
+                                            inpaint_pipe, settings.get("steps", featglac.Settings.steps), generator)
+        layer = layer.cpu()
     edit = featglac.compose_layers(pipe, background.to(device), layer.to(device), hidden_by.to(device), prompt,
                                    mechanism, **options)
     start = _paint_in(shot, layer, box) if painted else shot.paste
     return replace(shot, paste=start, result=_bring_back(start, edit, shot, box),
-                   facts=shot.facts | {"model": _model_facts(edit, pipe, size, (top, left, side))})
+                   facts=shot.facts | {"model": _model_facts(edit if cost is None else featglac.and_cost(edit, cost),
+                                                             pipe, size, (top, left, side))})
 
 
 def _space(shot, box, size, layer) -> light.Space | None:

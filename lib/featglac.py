@@ -17,7 +17,7 @@ the layers' features: tightly to the background far from the object, softly arou
 """
 
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np
@@ -180,6 +180,11 @@ class _Job:
         pooled = F.adaptive_max_pool2d(mask, size) if hard else F.adaptive_avg_pool2d(mask, size)
         return pooled.to(self.latent("background"))
 
+    def parts(self) -> dict:
+        """The pictures and masks of the edit, as `Edit.layers` holds them."""
+        return {"background": self.background, "foreground": self.foreground, "occluder": self.occluder,
+                "object": self.visible, "ring": self.ring}
+
     def climb(self) -> int:
         """Number of steps between the picture and the edit's noise level."""
         return max(1, round(self.set.noise_level * self.set.steps))
@@ -316,7 +321,8 @@ def compose_layers(
     inpaint_pipe: the 9-channel pipeline for mechanism "inpaint" (else `pipe` fills in by blended latents).
     space: a `light.Space`, for a shadow cast by the depth map; `insert_object` and `compose` make it where the depth
     is metric.
-    Raises ValueError for wrong shapes, ranges, names, an empty layer, or an object that is wholly hidden.
+    Raises ValueError for wrong shapes, ranges, names, an empty layer, or an object that is wholly hidden; TypeError
+    for an option that is no field of `Settings`.
     """
     if mechanism not in MECHANISMS:
         raise ValueError(f"Unknown mechanism {mechanism!r}; known: {', '.join(MECHANISMS)}.")
@@ -324,50 +330,53 @@ def compose_layers(
     chosen = _settings(settings, {**own, **options})
     if chosen.negative_prompt is None:
         chosen = replace(chosen, negative_prompt=opposite_light(prompt))
-    job = _Job(
-        pipe,
-        *_check_layers(pipe, background, foreground, occluder),
-        prompt,
-        chosen,
-        generator,
-        inpaint_pipe,
-        space,
-    )
-    device = pipe.unet.device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    begin = time.perf_counter()
-    with ExitStack() as stack:
-        counted = [
-            stack.enter_context(diffusion.count_passes(p.unet))
-            for p in {id(p): p for p in (pipe, inpaint_pipe) if p}.values()
-        ]
+    layers = _check_layers(pipe, background, foreground, occluder)
+    job = _Job(pipe, *layers, prompt, chosen, generator, inpaint_pipe, space)
+    with metered(pipe, inpaint_pipe) as cost:
         image, z = MECHANISMS[mechanism](job)
-        image = _restore(job, image)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    layers = {
-        "background": background,
-        "foreground": foreground,
-        "occluder": job.occluder,
-        "object": job.visible,
-        "ring": job.ring,
-    }
-    return Edit(
-        image,
-        job.composite,
-        layers,
-        z,
-        sum(c.total for c in counted),
-        sum(c.backward for c in counted),
-        time.perf_counter() - begin,
-        _peak_memory(device),
-        job.bank_bytes,
-        mechanism,
-        asdict(job.set),
-        job.light,
-    )
+        image = _restore(image, job.composite, job.parts(), job.set.restore)
+    return Edit(image, job.composite, job.parts(), z, **vars(cost), bank_bytes=job.bank_bytes, mechanism=mechanism,
+                settings=asdict(job.set), light=job.light)
+
+
+@dataclass
+class Cost:
+    """passes: U-Net passes per sample, a backward counts 2; backward: how many of those; seconds; peak_memory: bytes
+    on the GPU, or of the process so far (None where nobody says)."""
+
+    passes: int = 0
+    backward: int = 0
+    seconds: float = 0.0
+    peak_memory: int | None = None
+
+
+@contextmanager
+def metered(*pipes):
+    """What the `with` block costs, on the pipelines' U-Nets and on the first one's device: a `Cost`, filled on leaving.
+
+    On a GPU it waits for the card before and after, and sets the card's peak-memory statistics back.
+    """
+    cost, device = Cost(), pipes[0].unet.device
+    with ExitStack() as stack:
+        unets = {id(p.unet): p.unet for p in pipes if p is not None}.values()
+        counted = [stack.enter_context(diffusion.count_passes(unet)) for unet in unets]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        begin = time.perf_counter()
+        yield cost
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        cost.seconds = time.perf_counter() - begin
+    cost.passes, cost.backward = sum(c.total for c in counted), sum(c.backward for c in counted)
+    cost.peak_memory = _peak_memory(device)
+
+
+def and_cost(edit, cost) -> Edit:
+    """The same edit, with what was spent before it began added to its cost."""
+    peak = max((m for m in (edit.peak_memory, cost.peak_memory) if m is not None), default=None)
+    return replace(edit, passes=edit.passes + cost.passes, backward=edit.backward + cost.backward,
+                   seconds=edit.seconds + cost.seconds, peak_memory=peak)
 
 
 def insert_object(pipe, image, depth, cutout, prompt, at, mechanism="inject", where=None, cutout_depth=None,
@@ -391,9 +400,10 @@ def insert_object(pipe, image, depth, cutout, prompt, at, mechanism="inject", wh
         raise ValueError(f"cutout_depth needs a picture whose depth is in metres too; this map is {depth.kind}: use a "
                          "metric source, or leave cutout_depth out.")
     occluder = ((depth.values < depth.at(at)) & (depth.valid > 0.5)).float().to(image)
-    extra = 0
+    spent, asked = None, mechanism
     if cutout is None:
-        cutout, extra = _object_from_prompt(pipe, image, occluder, where, prompt, options)
+        cutout, spent = paint_object(pipe, image, occluder, where, prompt, options.get("inpaint_pipe"),
+                                     _steps(options), options.get("generator"))
         if mechanism == "inpaint":  # it was just made; only the occluder is left to put back
             mechanism = "alpha"
     if depth.kind == "metric":
@@ -402,8 +412,7 @@ def insert_object(pipe, image, depth, cutout, prompt, at, mechanism="inject", wh
         if cutout_depth is not None and mechanism in ("inject", "guide", "geometry") and not options.get("settings"):
             options = {**RGBD, **options}
     edit = compose_layers(pipe, image, cutout, occluder, prompt, mechanism, **options)
-    edit.passes += extra
-    return edit
+    return edit if spent is None else replace(and_cost(edit, spent), mechanism=asked)
 
 
 def _thing_space(image, depth, at, cutout, cutout_depth, fov):
@@ -426,7 +435,8 @@ def compose(
     """Scene compositing at a depth: A's surfaces nearer than `at` in front of B's beyond it.
 
     Both pictures (1, 3, H, W) of one size, each with its `DepthMap`. prompt describes the result. B's own
-    near things are taken away and the hole filled by `fill` (Settings) before A's layer covers most of it.
+    near things are taken away and the hole filled by `fill` (Settings) before A's layer covers most of it; fill_prompt
+    describes that filling, where a pipeline makes it.
     """
     for name, image in (("image_a", image_a), ("image_b", image_b)):
         latents.check_image(image, name)
@@ -438,16 +448,16 @@ def compose(
         options = {**COMPOSE, **options}
     chosen = _settings(options.get("settings"), {k: v for k, v in options.items() if k in NAMES})
     front = deglad.split(image_a, depth_a, at, chosen.soft)
-    extra = {"prompt": fill_prompt} if fill_prompt is not None else {}
-    with ExitStack() as stack:
-        filler = chosen.fill if hasattr(chosen.fill, "unet") else None
-        counted = stack.enter_context(diffusion.count_passes(filler.unet)) if filler else None
+    extra = {} if fill_prompt is None else {"prompt": fill_prompt}
+    filler = chosen.fill if hasattr(chosen.fill, "unet") else None
+    if filler:
+        extra |= {"steps": chosen.steps, "generator": options.get("generator")}
+    with metered(filler) if filler else nullcontext() as spent:
         behind = deglad.split(image_b, depth_b, at, allow_empty=True, fill=chosen.fill, **extra).background
     if depth_a.kind == depth_b.kind == "metric":
         options = {"space": _joint_space(front, image_a, depth_a, image_b, depth_b, chosen.fov), **options}
     edit = compose_layers(pipe, behind, front.foreground, None, prompt, mechanism, **options)
-    edit.passes += counted.total if counted else 0
-    return edit
+    return and_cost(edit, spent) if filler else edit
 
 
 def _joint_space(front, image_a, depth_a, image_b, depth_b, fov):
@@ -469,7 +479,11 @@ def _metres(depth):
 
 
 def _fov(options):
-    return getattr(options.get("settings"), "fov", options.get("fov", Settings.fov))
+    return options.get("fov", getattr(options.get("settings"), "fov", Settings.fov))
+
+
+def _steps(options):
+    return options.get("steps", getattr(options.get("settings"), "steps", Settings.steps))
 
 
 NAMES = {f.name for f in fields(Settings)}
@@ -526,8 +540,12 @@ def _check_layers(pipe, background, foreground, occluder):
     return background, foreground, occluder
 
 
-def _object_from_prompt(pipe, image, occluder, where, prompt, options):
-    """Paint an object into `where` with the inpainting model: (RGBA layer, U-Net passes)."""
+def paint_object(pipe, image, occluder, where, prompt, inpaint_pipe=None, steps=Settings.steps, generator=None):
+    """Paint an object from words: (RGBA layer (1, 4, H, W), its `Cost`).
+
+    image (1, 3, H, W); occluder, where (1, 1, H, W): what hides it, and the place for it, which becomes its alpha;
+    inpaint_pipe paints (else `pipe` fills in by blended latents). ValueError: no place, or an empty one.
+    """
     if where is None:
         raise ValueError("Without a cut-out, give `where`: a mask (1, 1, H, W) of the place for the object.")
     latents.check_image(where, "where", channels=1)
@@ -535,18 +553,12 @@ def _object_from_prompt(pipe, image, occluder, where, prompt, options):
         raise ValueError(
             f"where must be a mask of the picture's size {tuple(image.shape[-2:])} that is not empty."
         )
-    model = options.get("inpaint_pipe") or pipe
-    hole = where * (1 - occluder)
-    with diffusion.count_passes(model.unet) as passes:
-        filled = inpaint.with_model(
-            model,
-            image,
-            (hole > 0.5).float(),
-            prompt,
-            options.get("steps", Settings.steps),
-            generator=options.get("generator"),
-        )
-    return torch.cat([filled, where], 1), passes.total
+    model, hole = inpaint_pipe or pipe, (where * (1 - occluder) > 0.5).float()
+    if not hole.any():
+        raise ValueError("The place for the object is wholly hidden by what is nearer; choose a smaller depth.")
+    with metered(model) as cost:
+        filled = inpaint.with_model(model, image, hole, prompt, steps, generator=generator)
+    return torch.cat([filled, where], 1), cost
 
 
 def _peak_memory(device):
@@ -652,43 +664,22 @@ def _blur_under(x, mask, smooth):
     return both[:, :-1] / both[:, -1:].clamp(min=1e-6)
 
 
-def _restore(job, image) -> torch.Tensor:
+def _restore(image, composite, layers, how) -> torch.Tensor:
     """Put back, bit for bit, occluder pixels over the object; with "outside" also what the ring excludes.
 
-    Not the whole occluder: near *floor* is nearer than d too, and the shadow falls on it."""
-    if job.set.restore == "none":
+    layers: as in `Edit`. Not the whole occluder: near *floor* is nearer than d too, and the shadow falls on it."""
+    if how == "none":
         return image
-    in_front = job.occluder * (F.max_pool2d(job.alpha, 3, 1, 1) > 0).to(image)
-    image = over(job.composite, in_front, image)
-    if job.set.restore == "outside":
-        image = over(image, job.ring, job.background)
-    return image
+    in_front = layers["occluder"] * (F.max_pool2d(layers["foreground"][:, 3:], 3, 1, 1) > 0).to(image)
+    image = over(composite, in_front, image)
+    return over(image, layers["ring"], layers["background"]) if how == "outside" else image
 
 
 def restored(edit, restore="outside") -> torch.Tensor:
     """The picture of an edit made with restore="none", with pixels put back as `restore` says."""
-    part = edit.layers
-    return _restore(
-        _Pixels(
-            edit.composite,
-            part["foreground"][:, 3:],
-            part["occluder"],
-            part["ring"],
-            part["background"],
-            Settings(restore=restore),
-        ),
-        edit.image,
-    )
-
-
-@dataclass
-class _Pixels:
-    composite: torch.Tensor
-    alpha: torch.Tensor
-    occluder: torch.Tensor
-    ring: torch.Tensor
-    background: torch.Tensor
-    set: Settings
+    if restore not in CHOICES["restore"]:
+        raise ValueError(f"restore must be one of {', '.join(CHOICES['restore'])}; not {restore!r}.")
+    return _restore(edit.image, edit.composite, edit.layers, restore)
 
 
 # ---------------------------------------------------------------- mechanisms
@@ -800,52 +791,17 @@ def guide_blocks(unet) -> list:
     return found[-3:]
 
 
-class _Features:
-    """Context manager: outputs of the guide blocks by forward hooks. `kept`: by timestep."""
-
-    def __init__(self, unet, keep=False, device=None, dtype=None):
-        self.unet, self.names, self.now, self.kept, self.calls = unet, guide_blocks(unet), {}, {}, {}
-        self.keep, self.device, self.dtype = keep, device, dtype
-        self.clock = attention.Clock()
-
-    def __enter__(self):
-        self.handles = [self.unet.register_forward_pre_hook(self.clock, with_kwargs=True)]
-        for name in self.names:
-            hook = lambda module, args, out, name=name: self._hear(name, out)
-            self.handles.append(self.unet.get_submodule(name).register_forward_hook(hook))
-        return self
-
-    def _hear(self, name, out):
-        self.calls[name] = self.calls.get(name, 0) + 1
-        self.now[name] = out
-        if self.keep:
-            out = out.detach()
-            self.kept[self.clock.t, name] = out.to(self.device or out.device, self.dtype or out.dtype)
-
-    def __exit__(self, kind, *rest):
-        for handle in self.handles:
-            handle.remove()
-        self.now = {}
-        fired = self.clock.calls > 0 and all(self.calls.get(n) == self.clock.calls for n in self.names)
-        if kind is None and not fired:
-            raise RuntimeError(f"Feature hooks fired {self.calls} times in {self.clock.calls} U-Net calls.")
-
-    @property
-    def bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in self.kept.values())
-
-
 def feature_loss(now, wanted, masks, weights) -> torch.Tensor:
     """sum_l w_l sum_i mean over cells under mask i, mean over channels, of |now_l - wanted_l[i]| (METHOD 1.2)
 
-    now, wanted: lists of (B, C, h, w) and (S, C, h, w), coarse to fine; masks (S, 1, H, W), average-pooled to
-    each
-    grid: the share of a cell that is covered weighs its error. Summed over the B pictures, which stay
-    independent.
+    now, wanted: lists of (B, C, h, w) and (S, C, h, w), coarse to fine; masks (S, 1, H, W), average-pooled to each
+    grid: the share of a cell that is covered weighs its error. Summed over the B pictures, which stay independent.
+    Worked out in float32.
     """
     loss = 0.0
     for mine, theirs, weight in zip(now, wanted, weights):
         if weight:
+            mine = mine.float()
             m = F.adaptive_avg_pool2d(masks, mine.shape[-2:]).to(mine)
             error = (mine.unsqueeze(1) - theirs.to(mine)).abs().mean(2, keepdim=True) * m  # (B, S, 1, h, w)
             loss = loss + weight * (error.sum((2, 3, 4)) / m.sum((1, 2, 3)).clamp(min=1e-6)).sum()
@@ -860,21 +816,24 @@ def _guide(job):
         raise ValueError(
             f"weights needs {len(names)} numbers (for {', '.join(names)}), not {len(s.weights)}."
         )
-    path, wanted = _layer_paths(job, _Features(unet, True, s.bank_device, s.bank_dtype))
+    listen = attention.record_features(unet, names, device=s.bank_device, dtype=s.bank_dtype)
+    path, wanted = _layer_paths(job, listen)
     job.bank_bytes, masks, text = wanted.bytes, layer_masks(job), job.text(job.prompt)
     active = attention.in_window(s.guide_window)
+    # A mean over thousands of values has gradients of a millionth, where float16 has hardly a digit left.
+    scale = 2.0**12 if unet.dtype == torch.float16 else 1.0
 
     def push(z, t):
         if not active(t):
             return z
-        theirs = [wanted.kept[t, name] for name in names]
+        theirs, now = [wanted.at(t, name)["out"] for name in names], {}
         for _ in range(s.inner_steps):
-            with torch.enable_grad(), _Features(unet) as heard:
+            with torch.enable_grad(), attention.hooked(unet, names, now.__setitem__, attention.Clock(), "guide"):
                 z = z.detach().requires_grad_()
                 job.predict(z, t, text)
-                loss = feature_loss([heard.now[n] for n in names], theirs, masks, s.weights)
-                (grad,) = torch.autograd.grad(loss, z)
-            z = (z - _step(job, grad, t)).detach()
+                loss = feature_loss([now[n] for n in names], theirs, masks, s.weights)
+                (grad,) = torch.autograd.grad(scale * loss, z)
+            z = (z - _step(job, grad.float() / scale, t).to(z)).detach()
         return z
 
     trained = [p for p in unet.parameters() if p.requires_grad]
@@ -890,14 +849,14 @@ def _guide(job):
 
 
 def _step(job, grad, t):
+    """How far the latent is moved against a gradient (B, 4, h, w), float32: see `Settings.normalise`."""
     if not torch.isfinite(grad).all():
         raise ValueError("The guidance gradient is not finite; run the pipeline in float32.")
     if not job.set.normalise:
         return job.set.step_size * grad
     sigma = (1 - diffusion.alpha_at(job.scheduler, t)).sqrt().item()
-    return (
-        job.set.step_size * sigma * grad / grad.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
-    )
+    size = grad.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
+    return job.set.step_size * sigma * grad / size
 
 
 # ---------------------------------------------------------------- baselines, in the same call shape
@@ -1022,9 +981,9 @@ def _latent_paste(job):
 def _inpaint(job):
     """An inpainting model paints the visible object from the prompt alone; the cut-out gives the shape."""
     hole = (job.visible > 0.02).float()
-    scale = job.set.guidance_scale if job.set.guidance_scale != 1.0 else 4.0
     image = inpaint.with_model(
-        job.inpaint_pipe or job.pipe, job.background, hole, job.prompt, job.set.steps, scale, job.generator
+        job.inpaint_pipe or job.pipe, job.background, hole, job.prompt, job.set.steps, job.set.guidance_scale,
+        job.generator, negative_prompt=job.set.negative_prompt or "",
     )
     return image.to(job.background), None
 

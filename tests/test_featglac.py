@@ -232,9 +232,11 @@ def test_guide_blocks_of_the_tiny_unet_and_of_stable_diffusion_15(tiny_pipe):
     assert featglac.guide_blocks(tiny_pipe.unet) == ["up_blocks.0", "up_blocks.1", "up_blocks.2"]
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-        with featglac._Features(unet) as heard:
+        with attention.record_features(unet, featglac.guide_blocks(unet), dtype=torch.float16) as heard:
             unet(torch.zeros(1, 4, 64, 64), 501, torch.zeros(1, 77, 768))
-            shapes = [tuple(heard.now[n].shape) for n in featglac.guide_blocks(unet)]
+        outs = [heard.at(501, n)["out"] for n in featglac.guide_blocks(unet)]
+    shapes = [tuple(x.shape) for x in outs]
+    assert {x.dtype for x in outs} == {torch.float16} and heard.bytes == 2 * sum(x.numel() for x in outs)
     assert featglac.guide_blocks(unet) == ["up_blocks.1", "up_blocks.2", "up_blocks.3"]
     assert shapes == [(1, 1280, 32, 32), (1, 640, 64, 64), (1, 320, 64, 64)]
 
