@@ -49,7 +49,8 @@ LEAST = 16              # pixels a zone needs to count
 ZONES = ("shadow", "shading", "outside", "floor", "hole")
 BASELINES = ("paste2d", "alpha", "geometry", "poisson", "blended-latent", "latent-paste", "inpaint")
 MECHANISMS = ("inject", "guide")
-WITH_DEPTH = "inject-rgbd"   # insertion only: `inject`, and the cut-out brings its own depth along
+WITH_DEPTH = "inject-rgbd"
+RGBD = {"geometry-rgbd": "geometry", WITH_DEPTH: "inject"}   # insertion only: the cut-out brings its own depth along
 SCORES = tuple(f"rmse_{z}" for z in ZONES) + ("psnr", "ssim", "feat_dist")
 SHEET_SCENES = 2        # scenes of each task on the picture sheet, if 150 kB hold them
 
@@ -64,7 +65,7 @@ class Case:
     scene A's layer nearer than `at`; a, a_depth: scene A (compositing). Depths in metres. paste: the
     depth-aware composite of the given pixels, for the bounds. prompts: background, foreground, edit. order:
     arguments of `metrics.occlusion_order` after the maps, or None. thing: (kind, colour), 1-based, of what
-    was put in. foreground_depth: of the cut-out alone (insertion); only `inject-rgbd` is given it."""
+    was put in. foreground_depth: of the cut-out alone (insertion); only the rows `RGBD` are given it."""
     task: str
     seed: int
     at: float
@@ -301,8 +302,8 @@ def edit_case(models, c, mechanism):
     before: the mechanism's picture as it is; after: untouched pixels put back (occluder, and all that lies
     outside the ring around what was put in). The 2-D paste knows no depth, so nothing is put back for it."""
     from lib import depth, featglac
-    s, rgbd = models.settings, mechanism == WITH_DEPTH
-    mechanism = "inject" if rgbd else mechanism
+    s, rgbd = models.settings, mechanism in RGBD
+    mechanism = RGBD.get(mechanism, mechanism)
     generator = torch.Generator("cpu").manual_seed(s.seed * 1_000_003 + c.seed)
     options = {"steps": s.steps, **s.options.get(mechanism, {}), "restore": "none"}
     shared = dict(at=f"{c.at:.6f}m", prompt=c.prompts[2], mechanism=mechanism, generator=generator,
@@ -361,7 +362,7 @@ def run_case(models, task, seed, edit=edit_case):
         rows.append(dict(shared, mechanism=name, **scores(judge, image, c)))
     floor = {f"floor_{z}": rows[0][f"rmse_{z}"] for z in ZONES}
     rows.append(dict(shared, mechanism="plain-cfg", **_plain(models, c)))
-    more = (WITH_DEPTH,) if task == "insertion" and "inject" in models.settings.mechanisms else ()
+    more = [name for name, plain in RGBD.items() if task == "insertion" and plain in models.settings.mechanisms]
     for mechanism in (*models.settings.mechanisms, *more):
         with Peak() as peak:
             done, before, after = edit(models, full, mechanism)
@@ -546,9 +547,10 @@ def summarise(rows, settings):
 def _differences(by, settings):
     """{mechanism: {baseline: {zone: interval}}}: paired over scenes, negative = the mechanism is better."""
     out = {}
-    for m in (m for m in (*settings.mechanisms, WITH_DEPTH) if m in MECHANISMS or m in by and m == WITH_DEPTH):
+    for m in (m for m in (*settings.mechanisms, WITH_DEPTH) if m in (*MECHANISMS, WITH_DEPTH) and m in by):
         out[m] = {}
-        for b in settings.mechanisms:
+        like = [name for name in RGBD if name in by] if m == WITH_DEPTH else []
+        for b in (*settings.mechanisms, *like):
             if b == m or b in out:  # inject - guide once, not guide - inject too
                 continue
             seeds = sorted(by[m])
@@ -602,9 +604,9 @@ _TITLES = {"insertion": "Object insertion behind an occluder", "compositing": "S
 NOTE = ("RMSE against the true picture in the truth's zones, mean over scenes (lower is better). Scores are "
         "after putting untouched pixels back; where there is an arrow, before -> after. order, present: "
         "share of scenes in which the judge sees the object behind what hides it (of those where something "
-        "does), and sees it at all; its own score on true pictures is in the last row. inject-rgbd: `inject`, and "
-        "the cut-out brings its own depth along, as one from an RGB-D picture does. A backward pass counts 2. outside holds light that the truth changes by less than 0.03, so no paste reaches 0 "
-        "there.")
+        "does), and sees it at all; its own score on true pictures is in the last row. -rgbd: the cut-out "
+        "brings its own depth along, as one from an RGB-D picture does. A backward pass counts 2. outside holds "
+        "light that the truth changes by less than 0.03, so no paste reaches 0 there.")
 
 
 def _revive(x):
@@ -621,7 +623,7 @@ def _score_table(t, s):
     head = ["mechanism", "shadow", "shading", *more, "outside", "PSNR", "SSIM", "feat_dist", "order",
             "present", "passes", "seconds", "MB"]
     lines = [_row(head), _row(["---"] * len(head))]
-    for name in (name for name in (*s["mechanisms"], WITH_DEPTH) if name in m):
+    for name in (name for name in (*s["mechanisms"], *RGBD) if name in m):
         r = m[name]
         lines.append(_row([f"**{name}**" if name in (*MECHANISMS, WITH_DEPTH) else name, _f(r["rmse_shadow"]),
                            _f(r["rmse_shading"]),
@@ -761,18 +763,20 @@ def verdict(summary):
 
 
 def _without_model(t, name):
-    """How much of that the depth map's light alone does, and whether the model's share may be chance."""
-    if name == WITH_DEPTH:  # geometry was not given the cut-out's depth: the difference is not the model's
-        return " Here the cut-out brings its own depth, which no other row is given."
-    if "geometry" not in t["means"]:
-        return ""
+    """How much of that the depth map's light alone does, and whether the model's share may be chance.
+
+    Both are given the same: beside a cut-out that brings its depth along stands `geometry-rgbd`."""
+    alone = "geometry-rgbd" if name == WITH_DEPTH else "geometry"
+    told = " Here the cut-out brings its own depth." if name == WITH_DEPTH else ""
+    if alone not in t["means"]:
+        return told
     said = []
     for zone in ("shadow", "shading"):
-        alone, paste = (t["means"][m][f"rmse_{zone}"] for m in ("geometry", "alpha"))
-        sure = t["differences"][name]["geometry"][f"rmse_{zone}"]
+        error, paste = (t["means"][m][f"rmse_{zone}"] for m in (alone, "alpha"))
+        sure = t["differences"][name][alone][f"rmse_{zone}"]
         better = "the model adds to that" if sure["diff"] < 0 else "the model takes from that"
-        said.append(f"{1 - alone / paste:.0%} ({zone}; {better if sure['excludes_zero'] else 'what the model adds may be chance'})")
-    return f" Without a model (`geometry`): {', '.join(said)}."
+        said.append(f"{1 - error / paste:.0%} ({zone}; {better if sure['excludes_zero'] else 'what the model adds may be chance'})")
+    return f"{told} Without a model (`{alone}`): {', '.join(said)}."
 
 
 def _between(path, name, body):

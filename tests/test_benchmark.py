@@ -143,7 +143,7 @@ def test_a_run_writes_rows_tables_and_pictures(parts, tmp_path):
     rows = list(csv.DictReader((tmp_path / "out" / "mini-2.csv").open()))
     names = ["vae", "vae-residual", "plain-cfg", "alpha", "inject"]
     mine = {task: sorted(r["mechanism"] for r in rows if r["task"] == task) for task in benchmark.TASKS}
-    assert mine == {"insertion": sorted(2 * [*names, benchmark.WITH_DEPTH]), "compositing": sorted(2 * names)}
+    assert mine == {"insertion": sorted(2 * [*names, benchmark.WITH_DEPTH]), "compositing": sorted(2 * names)}  # no geometry here
     inject = [r for r in rows if r["mechanism"] == "inject" and r["task"] == "insertion"]
     mean = sum(float(r["rmse_shading"]) for r in inject) / 2
     assert summary["tasks"]["insertion"]["means"]["inject"]["rmse_shading"] == pytest.approx(mean, abs=1e-5)
@@ -192,7 +192,7 @@ def test_every_mechanism_of_featglac_runs_on_both_tasks(parts):
     for task in benchmark.TASKS:
         rows, pictures = benchmark.run_case(benchmark.Models(s, **parts), task, scenes.seeds("test", 1)[0])
         by = {r["mechanism"]: r for r in rows}
-        more = {benchmark.WITH_DEPTH} if task == "insertion" else set()
+        more = set(benchmark.RGBD) if task == "insertion" else set()
         assert set(by) == {"vae", "vae-residual", "plain-cfg", *benchmark.BASELINES, *benchmark.MECHANISMS, *more}
         assert by["guide"]["passes"] > by["inject"]["passes"] > 0 == by["alpha"]["passes"]
         assert by["plain-cfg"]["passes"] == 16
@@ -369,9 +369,12 @@ def test_the_verdict_says_what_was_done_without_a_model():
     said = benchmark.verdict({"tasks": {"insertion": {"means": means, "differences": {"inject": differences}}}})
     assert "50% smaller in the shadow zone (goal of half: reached)" in said
     assert "25% (shadow; the model adds to that), 25% (shading; what the model adds may be chance)" in said
-    rgbd = {"tasks": {"insertion": {"means": means | {benchmark.WITH_DEPTH: means["inject"]},
-                                    "differences": {"inject": differences, benchmark.WITH_DEPTH: differences}}}}
-    assert benchmark.verdict(rgbd).count("Without a model") == 1  # the gain of the cut-out's depth is not the model's
-    assert benchmark.verdict(rgbd).count("brings its own depth") == 1
+    alike = {"rmse_shadow": 0.12, "rmse_shading": 0.08}
+    rgbd = {"tasks": {"insertion": {"means": means | {benchmark.WITH_DEPTH: means["inject"], "geometry-rgbd": alike},
+                                    "differences": {"inject": differences, benchmark.WITH_DEPTH: differences | {
+                                        "geometry-rgbd": {z: {**sure, "diff": 0.02} for z in alike}}}}}}
+    said = benchmark.verdict(rgbd).splitlines()[-1]  # the gain of the cut-out's depth is not the model's
+    assert "Here the cut-out brings its own depth. Without a model (`geometry-rgbd`): 40% (shadow; the model takes" in said
+    assert "(`geometry`): 25%" not in said
     del means["geometry"]
     assert "Without a model" not in benchmark.verdict({"tasks": {"insertion": {"means": means, "differences": {"inject": differences}}}})

@@ -145,19 +145,13 @@ def test_the_board_is_the_readmes(stored):
     assert summary == newest and not summary["settings"]["smoke"]
     methods = {r["mechanism"] for r in rows}
     assert {"alpha", *benchmark.MECHANISMS} <= set(summary["settings"]["mechanisms"]) <= methods
-    once = (benchmark.WITH_DEPTH in methods) * len(summary["seeds"])            # in one of the tasks only
+    once = len(methods & set(benchmark.RGBD)) * len(summary["seeds"])           # in one of the tasks only
     assert len(rows) == len(methods) * len(summary["seeds"]) * len(summary["tasks"]) - once
     assert all(c in rows[0] for c, _, _ in widgets_12.MEASURES.values())
 
 
-@pytest.mark.parametrize("with_depth", [False, True])
-def test_the_board_is_computed_again_from_its_rows(stored, capsys, with_depth):
-    """Also of a board with a method that is run in one task only."""
+def test_the_board_is_computed_again_from_its_rows(stored, capsys):
     summary, rows = stored
-    if with_depth and benchmark.WITH_DEPTH not in summary["tasks"]["insertion"]["means"]:
-        rows += tuple({**r, "mechanism": benchmark.WITH_DEPTH} for r in rows if (r["task"], r["mechanism"]) == ("insertion", "inject"))
-        settings = benchmark.Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in summary["settings"].items()})
-        summary = benchmark.summarise(rows, settings)
     baselines = [m for m in summary["settings"]["mechanisms"] if m in benchmark.BASELINES]
     space = run_cells("board-check", "wins", "goals", "goals-more", "goals-show", "goals-cost", np=np, baselines=baselines,
                       summary=summary, board=rows, benchmark=benchmark, metrics=metrics, widgets_12=widgets_12, show=show)
