@@ -3,6 +3,7 @@
 `explorer_view` and `explorer_text` are plain functions of the settings; `attention_explorer` is the shell: sliders,
 and a picture to click on where anywidget is installed. All weights are recorded beforehand, so moving is instant.
 """
+import itertools
 import time
 from pathlib import Path
 
@@ -249,8 +250,8 @@ def curves(panels, height=3.2):
     view = show.View(figsize=(4.6 * len(panels), height), dpi=show.DPI, facecolor="white", layout="constrained")
     for k, (title, x_label, y_label, lines, log) in enumerate(panels, 1):
         axes = view.add_subplot(1, len(panels), k)
-        for name, (xs, ys) in lines.items():
-            axes.plot(xs, ys, marker="o", ms=4, label=name)
+        for style, (name, (xs, ys)) in zip(itertools.cycle(("-", "--", "-.")), lines.items()):    # equal lines show, too
+            axes.plot(xs, ys, style, marker="o", ms=4, label=name)
         if log:
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
@@ -301,7 +302,7 @@ def structure_distance(a, b):
     def steps(x):
         grey = x.float().mean(1, keepdim=True)
         return torch.cat([grey.diff(dim=-1).flatten(), grey.diff(dim=-2).flatten()])
-    return 1 - float(F.cosine_similarity(steps(a), steps(b), dim=0))
+    return max(0.0, 1 - float(F.cosine_similarity(steps(a), steps(b), dim=0)))
 
 
 def swapped(pipe, pictures, prompts, steps=25, parts=("k", "v", "kv")):

@@ -14,8 +14,8 @@ AREAS = (0.05, 0.5)                                  # what the slider of the ma
 def rooms(n, first=EXAMPLE["FIRST"]):
     """n of lesson 03's simple rooms, from a test seed on: Scenes that no model has seen."""
     from lib import diffusion, scenes
-    if scenes.split_of(first) != "test":
-        raise ValueError(f"FIRST must be a test seed, 20000000 to 29999999; it is {first}.")
+    if {scenes.split_of(first), scenes.split_of(first + n - 1)} != {"test"}:
+        raise ValueError(f"FIRST must be a test seed, 20000000 to {30_000_000 - n}; it is {first}.")
     return [diffusion.teach_scene(first + k) for k in range(n)]
 
 
