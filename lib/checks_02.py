@@ -1,4 +1,4 @@
-"""Exercises of lesson 02: softmax, scaled attention, several heads, the bill, and a masked blend of keys or values."""
+"""Exercises of lesson 02: softmax, scaled attention, several heads, the bill, a masked blend of keys."""
 import math
 from dataclasses import dataclass
 
@@ -29,21 +29,25 @@ register(Check(
     source="lib.checks_02:softmax lib.attention:attention",
     praise="Right: every row is a set of shares that sums to 1, and large scores do no harm.",
     hints=["A softmax is exp(scores), divided by its sum along `dim`. keepdim=True keeps the sum divisible.",
-           "exp(200) is infinite in float32. What happens to the shares if you subtract the same number from a whole row?",
+           "exp(200) is infinite in float32. What happens to the shares if you subtract the same number from "
+           "a whole row?",
            "Subtract scores.amax(dim, keepdim=True) before exp: the largest exponent is then 0."],
     wrongs=[
         Wrong("overflow", lambda scores, dim: scores.exp() / scores.exp().sum(dim, keepdim=True),
-              "right for small scores, but exp(200) is infinite, and infinite / infinite is NaN: subtract the row's "
-              "maximum first, which changes no share."),
+              "right for small scores, but exp(200) is infinite, and infinite / infinite is NaN: subtract "
+              "the row's maximum first, which changes no share."),
         Wrong("always the last axis", lambda scores, dim: scores.softmax(-1),
-              "you normalise along the last axis whatever `dim` says: use dim in the maximum and in the sum."),
+              "you normalise along the last axis whatever `dim` says: use dim in the maximum and in the "
+              "sum."),
         Wrong("the other axis", lambda scores, dim: scores.softmax(-2 if dim == -1 else -1),
-              "you normalise along the wrong axis: the columns sum to 1, not the rows. Use `dim`, with keepdim=True."),
-        Wrong("over everything", lambda scores, dim: scores.flatten().softmax(0).view_as(scores),
-              "you divide by the sum over the whole tensor, so all rows together share one 1: sum along `dim`."),
-        Wrong("sum over everything", lambda scores, dim: _exp(scores, dim) / _exp(scores, dim).sum(),
-              "you divide by the sum over the whole tensor, so all rows together share one 1: sum along `dim`, with "
+              "you normalise along the wrong axis: the columns sum to 1, not the rows. Use `dim`, with "
               "keepdim=True."),
+        Wrong("over everything", lambda scores, dim: scores.flatten().softmax(0).view_as(scores),
+              "you divide by the sum over the whole tensor, so all rows together share one 1: sum along "
+              "`dim`."),
+        Wrong("sum over everything", lambda scores, dim: _exp(scores, dim) / _exp(scores, dim).sum(),
+              "you divide by the sum over the whole tensor, so all rows together share one 1: sum along "
+              "`dim`, with keepdim=True."),
         Wrong("no exp", lambda scores, dim: scores / scores.sum(dim, keepdim=True),
               "you normalise the scores themselves, which gives negative shares: take exp first."),
         Wrong("logarithm", lambda scores, dim: scores.log_softmax(dim),
@@ -54,7 +58,7 @@ register(Check(
 # ---------------------------------------------------------------- 2. scaled dot-product attention
 
 def scaled_attention(q, k, v):
-    """softmax(Q K^T / sqrt(d)) V: q (B, Nq, d), k (B, Nk, d), v (B, Nk, dv) -> (B, Nq, dv). (Vaswani et al. 2017.)"""
+    """softmax(Q K^T / sqrt(d)) V: q (B, Nq, d), k (B, Nk, d), v (B, Nk, dv) -> (B, Nq, dv)."""
     d = q.shape[-1]
     scores = q @ k.transpose(-1, -2) / math.sqrt(d)
     return scores.softmax(dim=-1) @ v
@@ -69,13 +73,13 @@ def _attention_cases(g):
              torch.randn(2, nk, dv, generator=g)) for nq, nk, d, dv in ((5, 7, 16, 6), (9, 4, 8, 3))]
 
 
-NOT_TRANSPOSED = ("K is not transposed: Q (Nq, d) times K (Nk, d) do not fit. Each query is compared with each key, "
-                  "so the scores are Q K^T, of shape (Nq, Nk): use k.transpose(-1, -2).")
+NOT_TRANSPOSED = ("K is not transposed: Q (Nq, d) times K (Nk, d) do not fit. Each query is compared with "
+                  "each key, so the scores are Q K^T, of shape (Nq, Nk): use k.transpose(-1, -2).")
 
 
 @dataclass(frozen=True)
 class AttentionCheck(Check):
-    """A Check that also recognises `q @ k`, which cannot run unless there are exactly as many keys as channels."""
+    """A Check that also recognises `q @ k`, which runs only where there are as many keys as channels."""
 
     def run(self, function):
         result = super().run(function)
@@ -99,38 +103,50 @@ def _mistake(scale=lambda q, k, v: math.sqrt(q.shape[-1]), axis=-1):
 register(AttentionCheck(
     name="scaled_attention", reference=scaled_attention, cases=_attention_cases,
     source="lib.checks_02:scaled_attention lib.attention:attention",
-    praise="Right: equal to PyTorch's scaled_dot_product_attention. You have built the heart of every transformer.",
-    hints=["Three steps: scores of every query with every key, softmax over the keys, weighted sum of the values.",
+    praise="Right: equal to PyTorch's scaled_dot_product_attention. You have built the heart of every "
+           "transformer.",
+    hints=["Three steps: scores of every query with every key, softmax over the keys, weighted sum of the "
+           "values.",
            "scores = q @ k.transpose(-1, -2) / sqrt(d), with d the width of one query, q.shape[-1].",
            "scores.softmax(dim=-1) makes each query's row of weights sum to 1; then weights @ v."],
     wrongs=[
         Wrong("no scale", _mistake(lambda q, k, v: 1.0),
-              "the division by sqrt(d) is missing: the scores grow with the width d, and the softmax turns into a hard "
-              "choice (section 4)."),
+              "the division by sqrt(d) is missing: the scores grow with the width d, and the softmax turns "
+              "into a hard choice (section 4)."),
         Wrong("softmax over the queries", _mistake(axis=-2),
-              "the softmax runs over the wrong axis: over the queries (dim=-2) instead of over the keys (dim=-1). Each "
-              "query's weights must sum to 1."),
+              "the softmax runs over the wrong axis: over the queries (dim=-2) instead of over the keys "
+              "(dim=-1). Each query's weights must sum to 1."),
         Wrong("divided by d", _mistake(lambda q, k, v: q.shape[-1]),
-              "you divide by d, not by sqrt(d): the scores get too small and every query looks everywhere alike."),
+              "you divide by d, not by sqrt(d): the scores get too small and every query looks everywhere "
+              "alike."),
         Wrong("multiplied by sqrt(d)", _mistake(lambda q, k, v: q.shape[-1] ** -0.5),
-              "you multiply by sqrt(d) where you should divide: the softmax picks one key and ignores the rest."),
+              "you multiply by sqrt(d) where you should divide: the softmax picks one key and ignores the "
+              "rest."),
         Wrong("sqrt of the number of keys", _mistake(lambda q, k, v: math.sqrt(k.shape[-2])),
-              "you divide by the square root of the number of keys; d is the width of one query, q.shape[-1]."),
+              "you divide by the square root of the number of keys; d is the width of one query, "
+              "q.shape[-1]."),
         Wrong("sqrt of the values' width", _mistake(lambda q, k, v: math.sqrt(v.shape[-1])),
-              "you take the width of the values; d is the width of queries and keys, q.shape[-1]: their dot product is "
-              "what grows with d."),
-        Wrong("scaled after the softmax", lambda q, k, v: (q @ k.transpose(-1, -2)).softmax(-1) / math.sqrt(q.shape[-1]) @ v,
-              "you divide the weights, not the scores: each row then sums to 1 / sqrt(d). Divide before the softmax."),
-        Wrong("weights returned", lambda q, k, v: (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1),
-              "these are the weights, and they are right; the answer is the values mixed by them: weights @ v."),
+              "you take the width of the values; d is the width of queries and keys, q.shape[-1]: their dot "
+              "product is what grows with d."),
+        Wrong("scaled after the softmax",
+              lambda q, k, v: (q @ k.transpose(-1, -2)).softmax(-1) / math.sqrt(q.shape[-1]) @ v,
+              "you divide the weights, not the scores: each row then sums to 1 / sqrt(d). Divide before the "
+              "softmax."),
+        Wrong("weights returned",
+              lambda q, k, v: (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1),
+              "these are the weights, and they are right; the answer is the values mixed by them: weights @ "
+              "v."),
         Wrong("K not transposed", _untransposed, NOT_TRANSPOSED),
         Wrong("K reshaped", lambda q, k, v: (q @ k.reshape(k.shape[0], k.shape[2], k.shape[1])
                                              / math.sqrt(q.shape[-1])).softmax(-1) @ v,
-              "you reshape K to (d, Nk), which mixes up its numbers; transposing is another thing: k.transpose(-1, -2)."),
+              "you reshape K to (d, Nk), which mixes up its numbers; transposing is another thing: "
+              "k.transpose(-1, -2)."),
         Wrong("V unweighted", lambda q, k, v: v.mean(1, keepdim=True).expand(-1, q.shape[1], -1),
-              "every query gets the plain mean of all values: the weights are not used. Multiply: weights @ v."),
+              "every query gets the plain mean of all values: the weights are not used. Multiply: weights @ "
+              "v."),
         Wrong("no softmax", lambda q, k, v: q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) @ v,
-              "the softmax is missing: raw scores are no shares, they are negative at times and do not sum to 1."),
+              "the softmax is missing: raw scores are no shares, they are negative at times and do not sum "
+              "to 1."),
     ]))
 
 
@@ -149,12 +165,13 @@ def multi_head(q, k, v, heads):
 
 def _heads_cases(g):
     return [(torch.randn(2, nq, c, generator=g) * 1.5, torch.randn(2, nk, c, generator=g) * 1.5,
-             torch.randn(2, nk, c, generator=g), heads) for nq, nk, c, heads in ((6, 4, 12, 3), (8, 8, 16, 4))]
+             torch.randn(2, nk, c, generator=g), heads)
+            for nq, nk, c, heads in ((6, 4, 12, 3), (8, 8, 16, 4))]
 
 
 _split = lambda x, heads: x.unflatten(-1, (heads, -1)).transpose(1, 2)
-_mixed = lambda x, heads: x.unflatten(-1, (-1, heads)).permute(0, 3, 1, 2)          # channel c goes to head c % heads
-_cut = lambda x, heads: x.reshape(x.shape[0], heads, x.shape[1], -1)                # cuts rows of tokens, not channels
+_mixed = lambda x, heads: x.unflatten(-1, (-1, heads)).permute(0, 3, 1, 2)    # channel c to head c % heads
+_cut = lambda x, heads: x.reshape(x.shape[0], heads, x.shape[1], -1)          # cuts tokens, not channels
 _merge = lambda x: x.transpose(1, 2).flatten(2)
 _plain = lambda q, k, v, d: (q @ k.transpose(-1, -2) / math.sqrt(d)).softmax(-1) @ v
 
@@ -162,31 +179,35 @@ _plain = lambda q, k, v, d: (q @ k.transpose(-1, -2) / math.sqrt(d)).softmax(-1)
 register(Check(
     name="multi_head", reference=multi_head, cases=_heads_cases,
     source="lib.checks_02:multi_head lib.attention:split_heads lib.attention:merge_heads",
-    praise="Right: each head looks for something of its own, and the heads stand side by side again at the end.",
+    praise="Right: each head looks for something of its own, and the heads stand side by side again at the "
+           "end.",
     hints=["Split the channels into (heads, d), and move the heads' axis beside the batch: (B, heads, N, d).",
            "x.unflatten(-1, (heads, -1)).transpose(1, 2). Then attention as before, with d = C / heads.",
            "Undo the split at the end: out.transpose(1, 2).flatten(2)."],
     wrongs=[
         Wrong("sqrt of the model width", lambda q, k, v, heads: _merge(
             _plain(_split(q, heads), _split(k, heads), _split(v, heads), q.shape[-1])),
-              "you divide by the square root of the model's width C; each head compares vectors of width d = C / heads, "
-              "so it divides by sqrt(d)."),
+              "you divide by the square root of the model's width C; each head compares vectors of width d = "
+              "C / heads, so it divides by sqrt(d)."),
         Wrong("one head", lambda q, k, v, heads: _plain(q, k, v, q.shape[-1]),
-              "this is attention with a single head: split the channels first, so that each head has weights of its own."),
+              "this is attention with a single head: split the channels first, so that each head has weights "
+              "of its own."),
         Wrong("heads interleaved", lambda q, k, v, heads: _mixed_answer(q, k, v, heads),
-              "the heads are interleaved wrongly: you give every heads-th channel to a head. Head 0 has the first d "
-              "channels: unflatten(-1, (heads, -1)), not (-1, heads)."),
+              "the heads are interleaved wrongly: you give every heads-th channel to a head. Head 0 has the "
+              "first d channels: unflatten(-1, (heads, -1)), not (-1, heads)."),
         Wrong("tokens cut, not channels", lambda q, k, v, heads: _merge(
             _plain(_cut(q, heads), _cut(k, heads), _cut(v, heads), q.shape[-1] // heads)),
-              "you reshape (B, N, C) straight to (B, heads, N, d), which cuts the list of tokens and not the channels: "
-              "unflatten the last axis, then transpose."),
+              "you reshape (B, N, C) straight to (B, heads, N, d), which cuts the list of tokens and not the "
+              "channels: unflatten the last axis, then transpose."),
         Wrong("merged without transposing", lambda q, k, v, heads: _plain(
             _split(q, heads), _split(k, heads), _split(v, heads), q.shape[-1] // heads).reshape(q.shape),
-              "the heads are right, but put together wrongly: transpose (B, heads, N, d) to (B, N, heads, d) before you "
-              "flatten the last two axes."),
+              "the heads are right, but put together wrongly: transpose (B, heads, N, d) to (B, N, heads, d) "
+              "before you flatten the last two axes."),
         Wrong("heads averaged", lambda q, k, v, heads: _plain(
-            _split(q, heads), _split(k, heads), _split(v, heads), q.shape[-1] // heads).mean(1).repeat(1, 1, heads),
-              "you average the heads; they stand side by side: head h fills channels h * d to (h + 1) * d - 1."),
+            _split(q, heads), _split(k, heads), _split(v, heads), q.shape[-1] // heads
+        ).mean(1).repeat(1, 1, heads),
+              "you average the heads; they stand side by side: head h fills channels h * d to (h + 1) * d - "
+              "1."),
         Wrong("no scale", lambda q, k, v, heads: _merge(
             _plain(_split(q, heads), _split(k, heads), _split(v, heads), 1)),
               "the division by sqrt(d) is missing, with d = C / heads."),
@@ -201,7 +222,7 @@ def _mixed_answer(q, k, v, heads):
 # ---------------------------------------------------------------- 4. the bill
 
 def attention_cost(tokens, heads, head_width):
-    """Self-attention of one picture: (numbers in all score matrices, multiply-adds of Q K^T and of weights V)."""
+    """Self-attention of one picture: (numbers in all score matrices, multiply-adds of both products)."""
     scores = heads * tokens**2
     return scores, 2 * scores * head_width
 
@@ -212,33 +233,37 @@ register(Check(
     source="lib.checks_02:attention_cost lib.attention:cost",
     praise="Right: twice as many tokens, four times the bill. That is why the layers sit at low resolutions.",
     hints=["How many rows has one score matrix, and how many columns? And there is one for each head.",
-           "One score is a dot product of two vectors of width d: d multiply-adds. weights @ V costs as much again.",
+           "One score is a dot product of two vectors of width d: d multiply-adds. weights @ V costs as much "
+           "again.",
            "scores = heads * tokens ** 2, and 2 * scores * head_width multiply-adds."],
     wrongs=[
         Wrong("one head", lambda tokens, heads, head_width: (tokens**2, 2 * tokens**2 * head_width),
               "you count one head: every head has a score matrix of its own."),
         Wrong("linear", lambda tokens, heads, head_width: (heads * tokens, 2 * heads * tokens * head_width),
-              "you count one score for each token; every token looks at every token, so there are tokens ** 2 for each "
-              "head."),
-        Wrong("only Q K^T", lambda tokens, heads, head_width: (heads * tokens**2, heads * tokens**2 * head_width),
+              "you count one score for each token; every token looks at every token, so there are tokens ** "
+              "2 for each head."),
+        Wrong("only Q "
+              "K^T", lambda tokens, heads, head_width: (heads * tokens**2, heads * tokens**2 * head_width),
               "you count the multiply-adds of Q K^T only; weights V costs the same once more."),
         Wrong("multiplications and additions", lambda tokens, heads, head_width: (
             heads * tokens**2, 4 * heads * tokens**2 * head_width),
-              "you count a multiplication and an addition as two; a multiply-add is one (two of them would be FLOPs)."),
+              "you count a multiplication and an addition as two; a multiply-add is one (two of them would "
+              "be FLOPs)."),
         Wrong("size of Q", lambda tokens, heads, head_width: (
             heads * tokens * head_width, 2 * heads * tokens**2 * head_width),
-              "the first number is the size of Q; a score matrix is tokens x tokens, whatever the head's width."),
+              "the first number is the size of Q; a score matrix is tokens x tokens, whatever the head's "
+              "width."),
         Wrong("each pair once", lambda tokens, heads, head_width: (
             heads * tokens * (tokens - 1) // 2, heads * tokens * (tokens - 1) * head_width),
-              "you count each pair once; but a's query with b's key is another score than b's query with a's key, and "
-              "every token looks at itself, too."),
+              "you count each pair once; but a's query with b's key is another score than b's query with a's "
+              "key, and every token looks at itself, too."),
     ]))
 
 
 # ---------------------------------------------------------------- 5. a masked blend of keys (or values)
 
 def blend_tokens(own, source, mask, size):
-    """(1 - m) own + m source, token by token: own, source (B, N, C), mask (B, 1, H, W) in [0, 1], size (h, w), N = h w.
+    """(1 - m) own + m source, token by token. own, source (B, h w, C), mask (B, 1, H, W), size (h, w).
 
     m is the share of each token's area that lies under the mask (COURSE 4, FeatGLaC).
     """
@@ -249,8 +274,10 @@ def blend_tokens(own, source, mask, size):
 def _blend_cases(g):
     """Masks of squares that do not fit the tokens' grid: only the mean over a token gives its share."""
     def mask(b, h, w):
-        return F.interpolate((torch.rand(b, 1, 2 * h, 2 * w, generator=g) > 0.8).float(), scale_factor=4).roll((1, 2), (-2, -1))
-    return [(torch.randn(b, h * w, c, generator=g), torch.randn(b, h * w, c, generator=g), mask(b, h, w), (h, w))
+        squares = (torch.rand(b, 1, 2 * h, 2 * w, generator=g) > 0.8).float()
+        return F.interpolate(squares, scale_factor=4).roll((1, 2), (-2, -1))
+
+    return [(*(torch.randn(b, h * w, c, generator=g) for _ in range(2)), mask(b, h, w), (h, w))
             for b, h, w, c in ((1, 4, 6, 5), (2, 3, 5, 4))]
 
 
@@ -264,28 +291,36 @@ _share = lambda mask, size: _tokens(F.adaptive_avg_pool2d(mask, size))
 register(Check(
     name="blend_tokens", reference=blend_tokens, cases=_blend_cases,
     source="lib.checks_02:blend_tokens lib.attention:pool_mask",
-    praise="Right: this line, for keys and for values at every layer and step, is what FeatGLaC does (lesson 08).",
-    hints=["The mask has one number for each pixel, own has one row for each token: pool the mask to (h, w) first.",
-           "F.adaptive_avg_pool2d(mask, size) is (B, 1, h, w). Tokens are counted row by row: flatten(2) keeps that order.",
-           "m = F.adaptive_avg_pool2d(mask, size).flatten(2).transpose(1, 2), then (1 - m) * own + m * source."],
+    praise="Right: this line, for keys and for values at every layer and step, is what FeatGLaC does (lesson "
+           "08).",
+    hints=["The mask has one number for each pixel, own has one row for each token: pool the mask to (h, w) "
+           "first.",
+           "F.adaptive_avg_pool2d(mask, size) is (B, 1, h, w). Tokens are counted row by row: flatten(2) "
+           "keeps that order.",
+           "m = F.adaptive_avg_pool2d(mask, size).flatten(2).transpose(1, 2), then (1 - m) * own + m * "
+           "source."],
     wrongs=[
         Wrong("mask inverted", _with(_share, lambda own, source, m: m * own + (1 - m) * source),
               "the mask is inverted: where it is 1, the source's tokens should come in."),
         Wrong("added", _with(_share, lambda own, source, m: own + m * source),
-              "you add the source on top of the own tokens; a blend takes the own ones away by as much: (1 - m) * own."),
-        Wrong("nearest pixel", _with(lambda mask, size: _tokens(F.interpolate(mask, size=size, mode="nearest"))),
-              "you take one pixel of the mask for each token; a token covers a whole square of pixels, and m is the "
-              "share of it under the mask: average-pool."),
+              "you add the source on top of the own tokens; a blend takes the own ones away by as much: (1 - "
+              "m) * own."),
+        Wrong("nearest pixel",
+              _with(lambda mask, size: _tokens(F.interpolate(mask, size=size, mode="nearest"))),
+              "you take one pixel of the mask for each token; a token covers a whole square of pixels, and m "
+              "is the share of it under the mask: average-pool."),
         Wrong("bilinear", _with(lambda mask, size: _tokens(F.interpolate(mask, size=size, mode="bilinear"))),
-              "bilinear interpolation looks at the four pixels around each token's middle only; m is the share of the "
-              "whole token: average-pool."),
+              "bilinear interpolation looks at the four pixels around each token's middle only; m is the "
+              "share of the whole token: average-pool."),
         Wrong("hard edge", _with(lambda mask, size: (_share(mask, size) > 0.5).float()),
               "you make the pooled mask 0 or 1: keep the soft shares at the edge, or the seam will show."),
         Wrong("any pixel", _with(lambda mask, size: _tokens(F.adaptive_max_pool2d(mask, size))),
-              "you use the largest mask value under a token (max-pooling), which swells the mask: take the mean."),
-        Wrong("column by column", _with(lambda mask, size: _tokens(F.adaptive_avg_pool2d(mask, size).transpose(-1, -2))),
-              "you list the tokens column by column; the U-Net flattens its grid row by row: flatten(2) without swapping "
-              "height and width."),
+              "you use the largest mask value under a token (max-pooling), which swells the mask: take the "
+              "mean."),
+        Wrong("column by column",
+              _with(lambda mask, size: _tokens(F.adaptive_avg_pool2d(mask, size).transpose(-1, -2))),
+              "you list the tokens column by column; the U-Net flattens its grid row by row: flatten(2) "
+              "without swapping height and width."),
         Wrong("replaced everywhere", lambda own, source, mask, size: source,
               "you replace all tokens: outside the mask the own ones must stay."),
     ]))

@@ -1,4 +1,4 @@
-"""Exercises of lesson 04: composite, PSNR in the hole, distance of patches, the noised known part, RePaint's jump."""
+"""Exercises of lesson 04: composite, PSNR in the hole, distance of patches, RePaint's two steps."""
 import torch
 import torch.nn.functional as F
 
@@ -9,13 +9,13 @@ from lib.checks import Check, Wrong, register
 # ---------------------------------------------------------------- 1. composite with a mask
 
 def composite_hole(image, filled, fill_mask):
-    """filled where fill_mask (B, 1, H, W) is 1, image where it is 0, a blend between; all pictures (B, 3, H, W)."""
+    """filled where fill_mask (B, 1, H, W) is 1, image where it is 0, else a blend; pictures (B, 3, H, W)."""
     return image * (1 - fill_mask) + filled * fill_mask
 
 
 def _composite_cases(g):
     return [(torch.rand(b, 3, 12, 10, generator=g), torch.rand(b, 3, 12, 10, generator=g),
-             F.avg_pool2d(masks.random_box(b, (12, 10), g), 3, 1, 1)) for b in (1, 2)]       # soft at the edge
+             F.avg_pool2d(masks.random_box(b, (12, 10), g), 3, 1, 1)) for b in (1, 2)]    # soft edges
 
 
 register(Check(
@@ -28,14 +28,12 @@ register(Check(
     wrongs=[
         Wrong("mask inverted", lambda image, filled, m: image * m + filled * (1 - m),
               "the mask is inverted: you keep the picture where it should be filled. Here 1 = TO FILL; in "
-              "the papers' "
-              "formulas m is 1 where the picture is KNOWN, which is 1 - fill_mask."),
+              "the papers' formulas m is 1 where the picture is KNOWN, which is 1 - fill_mask."),
         Wrong("hole only", lambda image, filled, m: filled * m,
               "outside the hole your result is black: add the known part, image * (1 - fill_mask)."),
         Wrong("added on top", lambda image, filled, m: image + filled * m,
               "you add the filling on top of what stands in the hole: the picture must be multiplied by 1 - "
-              "fill_mask "
-              "first."),
+              "fill_mask first."),
         Wrong("filled everywhere", lambda image, filled, m: filled,
               "you return the filling everywhere: known pixels must stay exactly as they were."),
         Wrong("hard mask", lambda image, filled, m: torch.where(m > 0.5, filled, image),
@@ -57,7 +55,7 @@ def _psnr_cases(g):
     for b in (2, 3):
         truth, m = torch.rand(b, 3, 16, 16, generator=g), masks.random_box(b, 16, g, area=(0.1, 0.3))
         noise = 0.3 * torch.rand(b, 1, 1, 1, generator=g) * torch.randn(b, 3, 16, 16, generator=g)
-        cases.append((truth + noise * (m + 0.1), truth, m))               # the surroundings are off a little, too
+        cases.append((truth + noise * (m + 0.1), truth, m))          # the surroundings are a little off
     return cases
 
 
@@ -76,8 +74,7 @@ register(Check(
     wrongs=[
         Wrong("whole picture", lambda f, t, m: -10 * (f - t).square().mean((1, 2, 3)).log10(),
               "you average over the WHOLE picture, so known pixels, which are right anyway, dilute the "
-              "error: a small "
-              "hole then always looks good. Divide by the pixels of the hole."),
+              "error: a small hole then always looks good. Divide by the pixels of the hole."),
         Wrong("hole over all", lambda f, t, m: -10 * ((f - t).square() * m).mean((1, 2, 3)).log10(),
               "the error is summed over the hole but divided by all pixels of the picture: divide by "
               "fill_mask.sum()."),
@@ -86,12 +83,10 @@ register(Check(
               "fill_mask."),
         Wrong("channels", lambda f, t, m: -10 * (3 * _mse(f, t, m)).log10(),
               "you sum over the three channels but divide by the number of PIXELS: that is 4.77 dB too low. "
-              "Divide by "
-              "3 * fill_mask.sum(), or average over the channels first."),
+              "Divide by 3 * fill_mask.sum(), or average over the channels first."),
         Wrong("no square", lambda f, t, m: -10 * _mse(f, t, m).sqrt().log10(),
               "this is half of the PSNR: the logarithm is of the mean SQUARED error, without the root (or "
-              "take "
-              "-20 log10 of the root)."),
+              "take -20 log10 of the root)."),
         Wrong("natural logarithm", lambda f, t, m: -10 * _mse(f, t, m).log(),
               "decibels use the logarithm to base 10: log10, not log."),
         Wrong("sign", lambda f, t, m: 10 * _mse(f, t, m).log10(),
@@ -126,7 +121,7 @@ def _distance_cases(g):
 
 
 def _distances(gap, where=None, channels=3):
-    """A mistaken version: another `gap` between values, another treatment of what is not allowed, fewer channels."""
+    """A mistaken version: another `gap` between values, another treatment of `allowed`, fewer channels."""
     def answer(patch, picture, allowed):
         s = patch.shape[-1]
         every = F.unfold(picture[None, :channels], s)[0]
@@ -144,15 +139,13 @@ register(Check(
     praise="Right: the smallest entry of this map is the best patch to copy from, and no hole can be copied.",
     hints=["Start with two loops over y and x, and picture[:, y:y + s, x:x + s]. How many places are there?",
            "F.unfold(picture[None], s)[0] has one column (3 * s * s values) for every place, in reading "
-           "order; the patch "
-           "flattened, patch.reshape(-1, 1), can be subtracted from all columns at once.",
+           "order; the patch flattened, patch.reshape(-1, 1), can be subtracted from all columns at once.",
            "(every - patch.reshape(-1, 1)).square().sum(0).view(allowed.shape).masked_fill(~allowed, "
            "float('inf'))"],
     wrongs=[
         Wrong("allowed ignored", _distances(_ssd),
               "you ignore `allowed`: patches that touch the hole are offered as sources, so the hole would "
-              "be filled "
-              "with itself. Make them infinitely far."),
+              "be filled with itself. Make them infinitely far."),
         Wrong("allowed inverted", _distances(_ssd, lambda d, a: d.masked_fill(a, float("inf"))),
               "allowed is inverted: True marks the places that MAY be copied from; the others must be "
               "infinite."),
@@ -162,7 +155,8 @@ register(Check(
               "you sum absolute differences; the task asks for SQUARED differences (a few large errors count "
               "more)."),
         Wrong("root", _distances(lambda e: e.square().sum(0).sqrt(), _inf),
-              "you take the root; the task asks for the SQUARED distance (the order is the same, the numbers are not)."),
+              "you take the root; the task asks for the SQUARED distance (the order is the same, the numbers "
+              "are not)."),
         Wrong("mean", _distances(lambda e: e.square().mean(0), _inf),
               "you take the mean over the patch; the task asks for the sum (the order is the same, the "
               "numbers are not)."),
@@ -187,7 +181,8 @@ def put_known_back(x_prev, x0, fill_mask, t, alphas_cumprod, noise):
 def _known_cases(g):
     abar = torch.linspace(0.98, 0.05, 20).sort(descending=True).values
     return [(torch.randn(b, 3, 8, 8, generator=g), torch.rand(b, 3, 8, 8, generator=g) * 2 - 1,
-             masks.random_box(b, 8, g), t, abar, torch.randn(b, 3, 8, 8, generator=g)) for b, t in ((1, 12), (2, 5))]
+             masks.random_box(b, 8, g), t, abar, torch.randn(b, 3, 8, 8, generator=g))
+            for b, t in ((1, 12), (2, 5))]
 
 
 def _known(level=lambda t: t - 1, scale=None, mix=lambda m, known, x: m * known + (1 - m) * x):
@@ -210,8 +205,7 @@ register(Check(
     wrongs=[
         Wrong("clean paste", _known(scale=lambda a, x0, noise: x0),
               "you paste the known part CLEAN, while the rest is noisy. That suits only a network trained "
-              "that way; "
-              "ours saw pictures that were noised everywhere: noise x_0 to level t-1 first."),
+              "that way; ours saw pictures that were noised everywhere: noise x_0 to level t-1 first."),
         Wrong("off by one", _known(level=lambda t: t),
               "off by one: you noise to level t, but after the step the unknown part is at level t-1: use "
               "alphas_cumprod[t - 1]."),
@@ -224,8 +218,7 @@ register(Check(
         Wrong("noise in the hole", lambda x, x0, f, t, abar, noise:
               (1 - f) * abar[t - 1].sqrt() * x0 + f * x + (1 - abar[t - 1]).sqrt() * noise,
               "you add the noise everywhere, also in the hole, whose x_prev already has its noise: only the "
-              "known part "
-              "gets it."),
+              "known part gets it."),
         Wrong("alpha for the noise", _known(scale=lambda a, x0, noise: a.sqrt() * x0 + (1 - a) * noise),
               "the noise is scaled by the variance 1 - abar; its standard deviation is the root of that."),
     ]))
@@ -260,8 +253,8 @@ register(Check(
     name="jump_forward", reference=jump_forward, cases=_jump_cases,
     source="lib.checks_04:jump_forward lib.inpaint:forward_jump",
     praise="Right: alpha-bar from s to t is the quotient, and many small steps become one.",
-    hints=["One step is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise. What do the factors "
-           "sqrt(alpha) of all steps from s + 1 to t multiply to?",
+    hints=["One step is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise. What do the factors sqrt(alpha) "
+           "of all steps from s + 1 to t multiply to?",
            "abar_t is the product of all alphas up to t, abar_s of those up to s: divide.",
            "ratio = alphas_cumprod[t] / alphas_cumprod[s]; then as in q_sample, with ratio for abar."],
     wrongs=[
@@ -271,21 +264,22 @@ register(Check(
         Wrong("last step only", _jump(lambda abar, s, t: abar[t] / abar[t - 1]),
               "this is the last small step only, from t-1 to t: the jump starts at s."),
         Wrong("difference of variances",
-              lambda x, s, t, abar, noise: (abar[t] / abar[s]).sqrt() * x + (abar[s] - abar[t]).sqrt() * noise,
-              "the noise you add has variance abar_s - abar_t; x is shrunk at the same time, so it takes "
-              "1 - abar_t / abar_s to arrive at level t."),
+              lambda x, s, t, abar, noise:
+              (abar[t] / abar[s]).sqrt() * x + (abar[s] - abar[t]).sqrt() * noise,
+              "the noise you add has variance abar_s - abar_t; x is shrunk at the same time, so it takes 1 - "
+              "abar_t / abar_s to arrive at level t."),
         Wrong("all of level t's noise", lambda x, s, t, abar, noise:
               (abar[t] / abar[s]).sqrt() * x + (1 - abar[t]).sqrt() * noise,
-              "you add the noise of level t as if x had none; it brings that of level s along: add sqrt(1 - abar_t / "
-              "abar_s)."),
+              "you add the noise of level t as if x had none; it brings that of level s along: add sqrt(1 - "
+              "abar_t / abar_s)."),
         Wrong("x not shrunk", _jump(_right, keep=torch.ones_like),
-              "x is not multiplied by sqrt(abar_t / abar_s), so the picture stays too strong under the noise."),
+              "x is not multiplied by sqrt(abar_t / abar_s), so the picture stays too strong under the "
+              "noise."),
         Wrong("sqrt forgotten", _jump(_right, noise_scale=lambda r: 1 - r, keep=lambda r: r),
               "the square roots are missing: sqrt(ratio) x + sqrt(1 - ratio) noise."),
         Wrong("upside down", _jump(lambda abar, s, t: abar[s] / abar[t]),
               "the quotient is upside down (and 1 minus it is negative, so the root is NaN): abar falls with "
-              "t, so "
-              "abar_t / abar_s is below 1."),
+              "t, so abar_t / abar_s is below 1."),
         Wrong("noise not scaled", _jump(_right, noise_scale=lambda r: torch.ones_like(r)),
               "the noise is not scaled: multiply it by sqrt(1 - abar_t / abar_s)."),
     ]))

@@ -61,13 +61,12 @@ def mask_view(image, kind, area, seed):
 
 def mask_explorer(image):
     """Choose kind, share and seed, and see the hole in one picture (1, 3, H, W)."""
-    import ipywidgets as w
-    wide = w.Layout(width="480px")
+    import ipywidgets
+    kinds = ipywidgets.Dropdown(options=[(k.replace("_", " "), k) for k in masks.KINDS], value="free_form",
+                                description="kind", style={"description_width": "110px"})
     return widgets.panel(
-        lambda kind, area, seed: mask_view(image, kind, area, seed), "mask-explorer",
-        kind=w.Dropdown(options=[(k.replace("_", " "), k) for k in masks.KINDS], value="free_form", description="kind"),
-        area=w.FloatSlider(value=0.2, min=AREAS[0], max=AREAS[1], step=0.01, description="share", layout=wide),
-        seed=w.IntSlider(value=0, min=0, max=30, description="seed", layout=wide))
+        lambda kind, area, seed: mask_view(image, kind, area, seed), "mask-explorer", kind=kinds,
+        area=widgets.slider(0.2, *AREAS, 0.01, "share to fill"), seed=widgets.slider(0, 0, 30, 1, "seed"))
 
 
 # ---------------------------------------------------------------- RePaint's walk
@@ -100,12 +99,10 @@ def _pil(view):
 
 def walk_explorer(steps=50):
     """Two sliders for RePaint's jumps, and the walk that they make."""
-    import ipywidgets as w
-    wide = w.Layout(width="480px")
     return widgets.panel(
         lambda length, times: walk_view(steps, length, times), "repaint-walk",
-        length=w.IntSlider(value=min(10, steps), min=1, max=max(2, steps // 2), description="length", layout=wide),
-        times=w.IntSlider(value=3, min=1, max=10, description="times", layout=wide))
+        length=widgets.slider(min(10, steps), 1, max(2, steps // 2), 1, "jump length"),
+        times=widgets.slider(3, 1, 10, 1, "times walked"))
 
 
 # ---------------------------------------------------------------- the results
@@ -125,7 +122,7 @@ def results_explorer(truth, fill_mask, kinds, results):
     """Look at every filling of the table: choose mask, method and sample.
 
     truth (N, 3, H, W), fill_mask (N, 1, H, W), kinds: N names; results: method -> (N, samples, 3, H, W)."""
-    import ipywidgets as w
+    import ipywidgets
     if not results or any(r.shape[0] != len(truth) for r in results.values()):
         raise ValueError(f"give the fillings of each method as (N, samples, 3, H, W) with N = {len(truth)} pictures.")
     most = max(r.shape[1] for r in results.values())
@@ -136,10 +133,13 @@ def results_explorer(truth, fill_mask, kinds, results):
         return result_view(truth[hole:hole + 1], fill_mask[hole:hole + 1], made[number - 1:number], kinds[hole],
                            method, number)
     names = [(f"{k + 1} {kind.replace('_', ' ')}", k) for k, kind in enumerate(kinds)]
-    return widgets.panel(
-        draw, "results-explorer", hole=w.Dropdown(options=names, description="hole"),
-        method=w.Dropdown(options=list(results), value=list(results)[-1], description="method"),
-        sample=w.IntSlider(value=1, min=1, max=max(most, 2), description="sample"))
+
+    def dropdown(options, value, label):
+        return ipywidgets.Dropdown(options=options, value=value, description=label, style={"description_width": "110px"})
+
+    return widgets.panel(draw, "results-explorer", hole=dropdown(names, 0, "hole"),
+                         method=dropdown(list(results), list(results)[-1], "method"),
+                         sample=widgets.slider(1, 1, max(most, 2), 1, "sample"))
 
 
 # ---------------------------------------------------------------- pictures in one row each
