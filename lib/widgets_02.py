@@ -367,8 +367,10 @@ def explorer_strip(pipe, at=(0.64, 0.6), times=(701, 201, 41), numbers=(1, 2, 9,
         labels.append(f"t = {t}")
         for i in numbers:
             layer = layers[i - 1]
-            images.append(heat(picture, looks_from(bank, layer, t, *at)[1].mean(0)[None, None]))
-            labels.append(f"layer {i}: {layer.place}, {'x'.join(map(str, attention.grid(layer, bank.size)))}")
+            m = looks_from(bank, layer, t, *at)[1].mean(0)
+            images.append(heat(picture, m[None, None]))
+            labels.append(f"layer {i}: {layer.place}, {'x'.join(map(str, attention.grid(layer, bank.size)))}\n"
+                          f"brightest = {float(m.max()) * m.numel():.1f} x even")
     return images, labels
 
 

@@ -263,7 +263,7 @@ def test_explorer_works_without_anywidget(looked, monkeypatch):
 
 def test_strips_of_the_explorer_and_of_the_words(tiny_pipe):
     images, labels = draw.explorer_strip(tiny_pipe, times=(41,), numbers=(1, 10))
-    assert len(images) == len(labels) == 3 and labels[1] == "layer 1: down, 16x16"
+    assert len(images) == len(labels) == 3 and labels[1].startswith("layer 1: down, 16x16\nbrightest = ")
     images, labels = draw.words_strip(tiny_pipe, times=(401,))
     assert labels == ["t = 401", *(f'"chair" after "{c}"' for c in ("orange", "white", "red", "blue"))]
     assert all(x.shape == (1, 3, 128, 128) for x in images)
