@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
+from lib import kaggle as lessons  # noqa: E402
 from lib import setup  # noqa: E402
 
 
@@ -29,6 +30,7 @@ def kernel(folder: Path, user: str, parameters=(), data=(), session=1, internet=
     notebook = ROOT / "notebooks" / meta["code_file"]
     known = setup.notebook_parameters(notebook)
     given = {"JOB_ONLY": True, **{name: setup._typed(value, known.get(name, "")) for name, value in parameters}}
+    lessons.check_parameters(known | given)                       # here, and not after a push and a wait
     slug = meta["id"].split("/")[1]
     meta["id"], meta["title"] = f"{user}/{_numbered(slug, session)}", _numbered(meta["title"], session, " ")
     meta["kernel_sources"] = [f"{user}/{_numbered(slug, n)}" for n in range(1, session)]

@@ -9,12 +9,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from lib import engines, setup
-from lib.jobs import Refused
+from lib.jobs import FINAL, VIDEOS, Refused
 
 SESSION = 12 * 3600.0           # seconds after which Kaggle ends a session with a CPU or with GPUs
 MARGIN = 42 * 60.0              # what the last batch, the report and saving may take
@@ -30,6 +31,50 @@ def here() -> bool:
 def inputs() -> Path:
     """Where Kaggle mounts what is attached, read-only (LAYERS_KAGGLE_INPUT overrides it, for tests)."""
     return Path(os.environ.get("LAYERS_KAGGLE_INPUT", "/kaggle/input"))
+
+
+# ---------------------------------------------------------------- parameters
+
+CHOICES = {"ENGINE": ("local", "ray"), "PACK": ("", "files", "tar"), "DEVICE": ("auto", "cuda", "cpu", "mps"),
+           "DEPTH_NEAR": ("", "low", "high")}
+LEAST = {"STEPS": 1, "MAX_SIDE": 32, "LIMIT": 0, "SHARD": 0, "WORKERS": 0, "LOADERS": 1, "BATCH": 0, "GPUS": -1}
+
+
+def check_parameters(given: dict):
+    """ValueError, a line for each, when parameters of lesson 15 cannot be used. Nothing has been begun by then.
+
+    given: values by name; other names are passed over. A job keeps its settings, so a slip of the pen that began one
+    would have to be thrown away; and a worker's own words about it would stand in a log.
+    """
+    wrong = [f"{name} is one of {', '.join(map(repr, known))}; it is {given[name]!r}."
+             for name, known in CHOICES.items() if name in given and given[name] not in known]
+    wrong += [f"{name} is a whole number of {least} or more; it is {given[name]!r}." for name, least in LEAST.items()
+              if name in given and (type(given[name]) is not int or given[name] < least)]
+    for name, above in (("STEP", True), ("MAX_SECONDS", False)):
+        value = given.get(name, 1)
+        if type(value) not in (int, float) or not (value > 0 if above else value >= 0):
+            wrong.append(f"{name} is a number of seconds, {'more than 0' if above else '0 or more'}; it is {value!r}.")
+    wrong += [f"RETRY names statuses ({', '.join(FINAL)}), with commas between; {word!r} is none."
+              for word in filter(None, str(given.get("RETRY", "")).split(",")) if word not in FINAL]
+    if given.get("PROCESS", "edit") == "edit":
+        wrong += _wrong_edit(given)
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+def _wrong_edit(given) -> list[str]:
+    """What `lib.edit` says of the words that place an object, before there is a picture."""
+    from lib import depth, edit
+    wrong, insert = [], str(given.get("INSERT", ""))
+    drawn = insert and not Path(insert).suffix and Path(str(given.get("MODEL", "mini"))).name.startswith("mini")
+    for test in (lambda: edit.check_settings("", given.get("MECHANISM", "inject")),
+                 lambda: given.get("AT") and depth.parse_at(given["AT"]), lambda: edit._where(given.get("WHERE", "")),
+                 lambda: drawn and edit._words(edit.words_of(insert))):
+        try:
+            test()
+        except ValueError as error:
+            wrong.append(str(error))
+    return wrong
 
 
 # ---------------------------------------------------------------- devices
@@ -82,6 +127,23 @@ def attached(name, base=None) -> Path:
     there = sorted({str(p.relative_to(base)) for p in [*base.glob("*"), *base.glob("*/*/*")] if p.is_dir()})[:20]
     raise Refused(f"There is no {name!r} here, nor is it attached under {base}"
                   + (f", which holds: {', '.join(there)}." if there else ", which holds nothing."))
+
+
+def frames(source, folder, step=0.1, max_side=None) -> Path:
+    """What a job in `folder` works on: of a film its frames, none larger than max_side; all else as it is.
+
+    25,000 frames of 4K are hundreds of GB as PNG, so they are made no larger than they are worked on. On Kaggle they lie
+    outside /kaggle/working, which keeps OUTPUT bytes: each session makes them again, with the same bytes. Elsewhere they
+    are made once, in the job's folder; after that lib.jobs compares the film with them.
+    """
+    from lib import video
+    source, folder = Path(source), Path(folder)
+    if source.suffix.lower() not in VIDEOS or source.is_dir():
+        return source
+    if here():
+        scratch = Path(tempfile.gettempdir()) / f"frames-{source.stem}-{step:g}-{max_side or 'full'}"
+        return video.extract(source, scratch, step, max_side)
+    return source if (folder / "run.json").is_file() else video.extract(source, folder / "frames", step, max_side)
 
 
 def sessions(base=None, deep=5) -> list[Path]:

@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from test_setup import bare_python, project_copy, read_only, tree  # noqa: F401  (a fixture and helpers)
 
@@ -28,6 +29,32 @@ def maker():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+# ---------------------------------------------------------------- parameters
+
+def test_the_lesson_s_own_parameters_are_good():
+    kaggle.check_parameters(setup.notebook_parameters(LESSON))
+    kaggle.check_parameters({"AT": "2.4m", "WHERE": "0.4,0.8", "INSERT": "chair.png", "RETRY": "nan,oom", "MAX_SECONDS": 0.5})
+    kaggle.check_parameters({"INSERT": "a small dragon", "MODEL": "sd15"})        # it paints what the mini cannot
+    kaggle.check_parameters({"AT": "behind", "PROCESS": "tint"})                  # which asks for no depth
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("ENGINE", "slurm", r"ENGINE is one of 'local', 'ray'; it is 'slurm'"), ("PACK", "zip", "'files', 'tar'"),
+    ("DEVICE", "tpu", "DEVICE is one of"), ("WORKERS", "two", "WORKERS is a whole number of 0 or more; it is 'two'"),
+    ("STEPS", 0, "STEPS is a whole number of 1 or more; it is 0"), ("BATCH", -1, "BATCH is"), ("LIMIT", 1.5, "LIMIT is"),
+    ("LOADERS", 0, "1 or more"), ("GPUS", True, "GPUS is"), ("STEP", 0, "STEP is a number of seconds, more than 0; it is 0"),
+    ("MAX_SECONDS", -4, "0 or more; it is -4"), ("RETRY", "nan,foo", r"RETRY names statuses \(ok, .*'foo' is none"),
+    ("AT", "behind", "'behind' is not a depth"), ("WHERE", "left", "'left' is not a place"),
+    ("MECHANISM", "magic", "Unknown MECHANISM 'magic'; known: "), ("INSERT", "purple dragon", "colours: .*things: "),
+])
+def test_a_parameter_that_cannot_be_used_is_named_at_once(name, value, words):
+    with pytest.raises(ValueError, match=words) as raised:
+        kaggle.check_parameters({"ENGINE": "local", "STEPS": 3, name: value})
+    assert str(raised.value).count("\n") == 0
+    with pytest.raises(ValueError, match=f"{words}(.|\n)*LEAST|LEAST(.|\n)*{words}".replace("LEAST", "SHARD is a whole number")):
+        kaggle.check_parameters({"SHARD": -2, name: value})
 
 
 # ---------------------------------------------------------------- devices
@@ -124,6 +151,26 @@ def test_earlier_sessions_are_found_wherever_they_are_mounted(tmp_path):
     assert kaggle.sessions(tmp_path / "none") == []
 
 
+def test_frames_of_a_film_are_small_and_outside_what_kaggle_keeps(tmp_path, monkeypatch):
+    from PIL import Image
+
+    from lib import jobs, video
+    film = video.write(tmp_path / "film.mp4", [np.full((48, 64, 3), 9 * k, np.uint8) for k in range(4)], [0, 0.1, 0.2, 0.3])
+    side = lambda folder: {Image.open(path).size for path in folder.glob("*.png")}
+    made = kaggle.frames(film, tmp_path / "job", 0.1, 32)
+    assert made == tmp_path / "job" / "frames" and side(made) == {(32, 24)}
+    jobs.open_or_create(tmp_path / "job", made, "tint", {})
+    assert kaggle.frames(film, tmp_path / "job", 0.1, 16) == film                 # there is a job: lib.jobs compares
+    jobs.open_or_create(tmp_path / "job", film, "tint", {}, step=0.1)
+    with pytest.raises(Refused, match="step"):
+        jobs.open_or_create(tmp_path / "job", film, "tint", {}, step=0.2)
+    monkeypatch.setattr(kaggle, "here", lambda: True)
+    monkeypatch.setattr(kaggle.tempfile, "gettempdir", lambda: str(tmp_path / "scratch"))
+    made = kaggle.frames(film, tmp_path / "job", 0.1)
+    assert made.parent == tmp_path / "scratch" and side(made) == {(64, 48)} and len(list(made.glob("*.png"))) == 4
+    assert kaggle.frames(tmp_path, tmp_path / "job") == tmp_path                  # a folder is a folder
+
+
 def test_only_wheels_of_what_is_not_here_are_installed(tmp_path, monkeypatch):
     (tmp_path / "wheels").mkdir()
     for name in ("torch-2.99.0-py3-none-any.whl", "no_such_thing-1.0-py3-none-any.whl", "Pillow-99-py3-none-any.whl"):
@@ -204,8 +251,9 @@ def test_make_writes_what_push_needs(tmp_path, capsys):
     meta, _ = check_kernel(tmp_path / "kernel")
     assert meta["id"].endswith("two-gpus-3") and meta["kernel_sources"] == [
         "someone/layers-in-depth-two-gpus", "someone/layers-in-depth-two-gpus-2"]
-    assert maker().main([*words, "-p", "STEPPS", "9"]) == 1
-    assert "no parameter STEPPS" in capsys.readouterr().err
+    for wrong, said in (("STEPPS 9", "no parameter STEPPS"), ("STEPS none", "STEPS is a whole number of 1 or more")):
+        assert maker().main([*words, "-p", *wrong.split()]) == 1
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow
