@@ -1,6 +1,6 @@
 """Lesson 01's interactive part, the latent cell editor, and the lesson's stored pictures.
 
-`cell_view` and `cell_text` are plain functions of the settings; `latent_cells` is the ipywidgets shell around them.
+`cell_view` and `cell_text` are plain functions of the settings; `latent_cells` is the shell around them.
 """
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from lib import latents, show
 from lib.widgets import panel, slider
 
 WHAT = ("one cell", "whole channel")
-LIMIT = 3.0                                       # latents are shown from -LIMIT to LIMIT: three standard deviations
-CHANGE = 8                                        # the map of the change is shown this many times stronger
+LIMIT = 3.0                  # latents are shown from -LIMIT to LIMIT: three standard deviations
+CHANGE = 8                   # the map of the change is shown this many times stronger
 MARK = torch.tensor([1.0, 1.0, 0.0]).view(1, 3, 1, 1)
 
 
@@ -29,13 +29,13 @@ def heat(values):
 
 
 def channel_pictures(z, size, limit=LIMIT):
-    """The channels of one latent (1, C, h, w) as C colour pictures (1, 3, size, size), whole cells kept crisp."""
+    """The channels of one latent (1, C, h, w) as C colour pictures (1, 3, size, size), every cell crisp."""
     _one(z)
     return [enlarge(colour(channel, limit), size) for channel in z.split(1, dim=1)]
 
 
 def enlarge(picture, size):
-    """(1, C, h, w) -> (1, C, H, W) without smoothing, so that every cell stays a square; size: a side, or (H, W)."""
+    """(1, C, h, w) -> (1, C, H, W) without smoothing: every cell stays a square; size: a side, or (H, W)."""
     size = (size, size) if isinstance(size, int) else tuple(size)
     return torch.nn.functional.interpolate(picture, size=size, mode="nearest")
 
@@ -62,7 +62,7 @@ def _frame(picture, x, y, cell):
 
 
 def cell_change(pipe, z, what, channel, x, y, amount):
-    """The edit of the widget: (edited latent, picture before, picture after, change (1, 1, H, W) before clamping)."""
+    """The widget's edit: (edited latent, picture before, after, change (1, 1, H, W) before clamping)."""
     _one(z)
     edited = latents.change_cell(z, channel, amount, **_place(what, x, y))
     both = latents.decode(pipe, torch.cat([z, edited]), clamp=False).cpu()
@@ -71,9 +71,9 @@ def cell_change(pipe, z, what, channel, x, y, amount):
 
 
 def cell_view(pipe, z, what=WHAT[0], channel=0, x=8, y=8, amount=2.0):
-    """Four pictures of one edit of a latent: the channel edited, the picture before and after, and the change.
+    """Four pictures of one edit of a latent: the channel, the picture before and after, and the change.
 
-    z (1, C, h, w) scaled; amount in the latent's own unit (about one standard deviation). Returns a PIL picture.
+    z (1, C, h, w) scaled; amount in standard deviations of the latent, about. Returns a PIL picture.
     Raises ValueError for a batch, a place outside the latent, or another `what`.
     """
     return _tiles(cell_change(pipe, z, what, channel, x, y, amount), what, channel, x, y)
@@ -88,12 +88,13 @@ def _tiles(edit, what, channel, x, y):
         pictures = [_frame(p, x, y, size // edited.shape[-1]) for p in pictures]
     marked = "\n(yellow: the cell)" if what == WHAT[0] else ""
     labels = [f"channel {channel}, after the edit\nblue -{LIMIT:.0f} … red +{LIMIT:.0f}",
-              f"decoded before{marked}", "decoded after", f"change x {CHANGE}\nblack 0 … bright {1 / CHANGE:.3f}"]
+              f"decoded before{marked}", "decoded after",
+              f"change x {CHANGE}\nblack 0 … bright {1 / CHANGE:.3f}"]
     return show.tile(pictures, labels, columns=4)
 
 
 def cell_text(pipe, z, what=WHAT[0], channel=0, x=8, y=8, amount=2.0):
-    """The line under the pictures: how large the change is, and how much of it lies in the cell's own square."""
+    """The line above the pictures: how large the change is, and how much lies in the cell's own square."""
     _, _, _, change = cell_change(pipe, z, what, channel, x, y, amount)
     return _sentence(z, change, what, channel, x, y, amount)
 
@@ -111,7 +112,7 @@ def _sentence(z, change, what, channel, x, y, amount):
 
 
 def latent_cells(pipe, z, channel=0, x=8, y=8, amount=2.0):
-    """The latent cell editor: what, channel, x, y and amount beside the picture that the decoder makes of them."""
+    """The latent cell editor: what, channel, x, y and amount, and what the decoder makes of them."""
     import ipywidgets
     _one(z)
     c, h, w = z.shape[1:]
@@ -123,7 +124,8 @@ def latent_cells(pipe, z, channel=0, x=8, y=8, amount=2.0):
     choice = ipywidgets.Dropdown(options=WHAT, value=WHAT[0], description="what",
                                  style={"description_width": "110px"})
     return panel(draw, "latent-cells", what=choice, channel=slider(channel, 0, c - 1, 1, "channel"),
-                 x=slider(min(x, w - 1), 0, w - 1, 1, "x (column)"), y=slider(min(y, h - 1), 0, h - 1, 1, "y (row)"),
+                 x=slider(min(x, w - 1), 0, w - 1, 1, "x (column)"),
+                 y=slider(min(y, h - 1), 0, h - 1, 1, "y (row)"),
                  amount=slider(amount, -4.0, 4.0, 0.5, "amount"))
 
 
@@ -143,7 +145,7 @@ def curves(lines, xlabel, ylabel, log=False):
 
 
 def bars(groups, names, ylabel):
-    """Bars {series: one value for each name} side by side; one or two series have their values written on them."""
+    """Bars {series: one value for each name} side by side; one or two series have values written on."""
     view = show.View(figsize=(7.4, 3.2), dpi=100, facecolor="white", layout="constrained")
     axes, width = view.add_subplot(), 0.8 / len(groups)
     for i, (series, values) in enumerate(groups.items()):
@@ -174,7 +176,7 @@ def example(size=128):
 
 
 def promise_strip(pipe, image):
-    """Picture, the channels of its latent, the way back, what is lost. Returns (pictures, labels) for show.sheet."""
+    """Picture, channels of its latent, the way back, what is lost: (pictures, labels) for show.sheet."""
     z = latents.encode(pipe, image)
     back = latents.decode(pipe, z).cpu()
     error = (back - image).abs().mean(1, keepdim=True)
@@ -200,8 +202,8 @@ def cell_strip(pipe, image, cells=CELLS):
         row = [enlarge(colour(edited[:, channel:channel + 1]), size), after, heat(change * CHANGE)]
         one = what == WHAT[0]
         pictures += [_frame(p, x, y, size // z.shape[-1]) for p in row] if one else row
-        labels += [f"channel {channel}, {f'cell ({x}, {y})' if one else 'everywhere'} {amount:+.0f}", "decoded",
-                   f"change x {CHANGE}"]
+        where = f"cell ({x}, {y})" if one else "everywhere"
+        labels += [f"channel {channel}, {where} {amount:+.0f}", "decoded", f"change x {CHANGE}"]
     return pictures, labels
 
 

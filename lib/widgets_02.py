@@ -1,7 +1,7 @@
 """Lesson 02's interactive part, the attention explorer, its small drawings, and the lesson's stored pictures.
 
-`explorer_view` and `explorer_text` are plain functions of the settings; `attention_explorer` is the shell: sliders,
-and a picture to click on where anywidget is installed. All weights are recorded beforehand, so moving is instant.
+`explorer_view` and `explorer_text` are plain functions of the settings; `attention_explorer` is the shell:
+sliders, and a picture to click on where anywidget is installed. All weights are recorded beforehand.
 """
 import itertools
 import time
@@ -15,7 +15,7 @@ from PIL import Image
 from lib import attention, show
 from lib.widgets import panel, slider
 
-HEAT = "inferno"                                  # black = no weight, bright yellow = the largest weight of the map
+HEAT = "inferno"             # black = no weight, bright yellow = the largest weight of the map
 MARK = torch.tensor([0.0, 1.0, 1.0]).view(1, 3, 1, 1)
 PAIR = {"FROM": 20000006, "TO": 20000007}         # the lesson's own parameters; a test compares them
 PICTURE, TIMES = 20000003, (701, 401, 201, 41)
@@ -27,11 +27,11 @@ HEADS, LAYERS = "the heads of one layer", "all layers, heads averaged"
 def heat(picture, weights, top=None):
     """Weights (1, 1, h, w) as colours over a faint grey picture (1, 3, H, W) -> (1, 3, H, W).
 
-    Black is 0 and bright yellow is `top`, by default the map's own largest weight; every token is one crisp square.
+    Black is 0, bright yellow is `top`, by default the map's own largest weight; every token is a square.
     """
     if picture.ndim != 4 or picture.shape[:2] != (1, 3) or weights.ndim != 4 or weights.shape[:2] != (1, 1):
-        raise ValueError(f"Give one picture (1, 3, H, W) and one map (1, 1, h, w), not {tuple(picture.shape)} and "
-                         f"{tuple(weights.shape)}.")
+        raise ValueError("Give one picture (1, 3, H, W) and one map (1, 1, h, w), not "
+                         f"{tuple(picture.shape)} and {tuple(weights.shape)}.")
     weights = weights.detach().float().cpu()
     share = (weights / (weights.max() if top is None else top).clamp_min(1e-12)).clamp(0, 1)
     share = F.interpolate(share, size=picture.shape[-2:], mode="nearest")[:, 0]
@@ -58,12 +58,13 @@ def word_map(bank, layers, t, key, size):
 
     bank: cross-attention weights from `record(kind="cross", what="w")`; size: (h, w) of the map.
     """
-    maps = [attention.attention_map(bank, layer, t, key=key).float().mean(1, keepdim=True) for layer in layers]
-    return torch.stack([F.interpolate(m, size=size, mode="nearest") for m in maps]).mean(0)
+    maps = [attention.attention_map(bank, layer, t, key=key).float() for layer in layers]
+    means = [F.interpolate(m.mean(1, keepdim=True), size=size, mode="nearest") for m in maps]
+    return torch.stack(means).mean(0)
 
 
 def noun_places(listed, names):
-    """Where the noun of each (colour, noun) name stands in `words_of` a prompt; None where the prompt leaves it out."""
+    """Where the noun of each (colour, noun) name stands in `words_of` a prompt; None where it is left out."""
     after = {(first, second): place for (_, first), (place, second) in zip(listed, listed[1:])}
     return [after.get((name[0], name[-1])) for name in names]
 
@@ -93,9 +94,9 @@ def looks_from(bank, layer, t, x, y):
 def explorer_view(picture, bank, layers, x, y, number, t, what=HEADS):
     """Where the place (x, y) of a picture looks, as one PIL picture.
 
-    picture (1, 3, H, W); bank: weights "w" from `attention.record`; layers: the recorded `Layer`s; x, y in [0, 1];
-    number: which layer, from 1; t: a recorded timestep. what: HEADS (the heads of layer `number`) or LAYERS (each
-    layer's mean over its heads). Raises ValueError for a layer, timestep or place that is not there.
+    picture (1, 3, H, W); bank: weights "w" from `attention.record`; layers: the recorded `Layer`s; x, y in
+    [0, 1]; number: which layer, from 1; t: a recorded timestep. what: HEADS (the heads of layer `number`) or
+    LAYERS (each layer's mean over its heads). ValueError for a layer, timestep or place that is not there.
     """
     _check(bank, layers, number, t)
     if what not in (HEADS, LAYERS):
@@ -103,7 +104,8 @@ def explorer_view(picture, bank, layers, x, y, number, t, what=HEADS):
     layer = layers[number - 1]
     token, maps = looks_from(bank, layer, t, x, y)
     tokens = maps[0].numel()
-    images, labels = [mark(picture, attention.grid(layer, bank.size), token)], [f"the place that looks\nt = {t}"]
+    images = [mark(picture, attention.grid(layer, bank.size), token)]
+    labels = [f"the place that looks\nt = {t}"]
     if what == HEADS:
         named = [("mean of the heads", maps.mean(0)), *((f"head {i}", m) for i, m in enumerate(maps, 1))]
     else:
@@ -125,8 +127,9 @@ def explorer_text(bank, layers, x, y, number, t):
     m = maps.mean(0).flatten()
     half = int((m.sort(descending=True).values.cumsum(0) < 0.5 * m.sum()).sum()) + 1
     h, w = attention.grid(layer, bank.size)
-    return (f"layer {number} of {len(layers)} ({layer.place}, {h} x {w} = {h * w} tokens), t = {t}: token {token} "
-            f"gives itself {float(m[token]):.1%} of its attention; half of it goes to {half} of {h * w} tokens.")
+    return (f"layer {number} of {len(layers)} ({layer.place}, {h} x {w} = {h * w} tokens), t = {t}: "
+            f"token {token} gives itself {float(m[token]):.1%} of its attention; half of it goes to {half} "
+            f"of {h * w} tokens.")
 
 
 CLICK = """
@@ -139,7 +142,8 @@ function render({ model, el }) {
   image.alt = "the picture; click on a place";
   image.style.width = model.get("width") + "px";
   const dot = document.createElement("div");
-  dot.style.cssText = "position:absolute; width:12px; height:12px; margin:-8px 0 0 -8px; border:2px solid #0ff;" +
+  dot.style.cssText = "position:absolute; width:12px; height:12px; margin:-8px 0 0 -8px;" +
+                      "border:2px solid #0ff;" +
                       "border-radius:50%; box-shadow:0 0 2px #000; pointer-events:none";
   const place = () => {
     dot.style.left = 100 * model.get("x") + "%";
@@ -186,9 +190,9 @@ def click_picture(picture, x=0.5, y=0.5, width=256):
 def attention_explorer(picture, bank, layers, x=0.5, y=0.5):
     """Click on the picture or slide x and y, choose layer and timestep, and see where this place looks.
 
-    picture (1, 3, H, W); bank: self-attention weights "w" recorded at one or more timesteps; layers: those recorded.
-    A `panel` of controls, text and maps; where anywidget is installed, the picture to click on stands beside the
-    controls.
+    picture (1, 3, H, W); bank: self-attention weights "w" recorded at one or more timesteps; layers: those
+    recorded. A `panel` of controls, text and maps; where anywidget is installed, a picture to click on stands
+    beside the controls.
     """
     import ipywidgets
 
@@ -200,8 +204,10 @@ def attention_explorer(picture, bank, layers, x=0.5, y=0.5):
     grids = [" x ".join(map(str, attention.grid(layer, bank.size))) for layer in layers]
     rows = [(f"{i}: {layer.place}, {size}", i) for i, (layer, size) in enumerate(zip(layers, grids), 1)]
     times = [(f"t = {t}", t) for t in bank.timesteps[::-1]]
-    controls = {"x": slider(x, 0.0, 1.0, 0.01, "x (left-right)"), "y": slider(y, 0.0, 1.0, 0.01, "y (top-down)"),
-                "number": dropdown(rows, "layer", len(layers)), "t": dropdown(times, "timestep", bank.timesteps[0]),
+    controls = {"x": slider(x, 0.0, 1.0, 0.01, "x (left-right)"),
+                "y": slider(y, 0.0, 1.0, 0.01, "y (top-down)"),
+                "number": dropdown(rows, "layer", len(layers)),
+                "t": dropdown(times, "timestep", bank.timesteps[0]),
                 "what": dropdown((HEADS, LAYERS), "show", HEADS)}
 
     def draw(x, y, number, t, what):
@@ -210,7 +216,7 @@ def attention_explorer(picture, bank, layers, x=0.5, y=0.5):
 
     box, clicker = panel(draw, "attention-explorer", **controls), click_picture(picture, x, y)
     text, maps = box.children[-2:]
-    maps.layout = ipywidgets.Layout(align_self="flex-start", max_width="100%")       # its own size, not stretched
+    maps.layout = ipywidgets.Layout(align_self="flex-start", max_width="100%")    # not stretched
     if clicker is None:
         return box
     for name in ("x", "y"):
@@ -222,9 +228,10 @@ def attention_explorer(picture, bank, layers, x=0.5, y=0.5):
 # ---------------------------------------------------------------- small drawings
 
 def matrix(values, rows, columns, title="", bold=None):
-    """A table of weights (n, m) in [0, 1] as coloured squares with names and numbers: a View. bold: a row to frame."""
+    """A table of weights (n, m) in [0, 1] as squares with names and numbers: a View. bold: a row to frame."""
     n, m = values.shape
-    view = show.View(figsize=(1.9 + 0.62 * m, 1.1 + 0.42 * n), dpi=show.DPI, facecolor="white", layout="constrained")
+    view = show.View(figsize=(1.9 + 0.62 * m, 1.1 + 0.42 * n), dpi=show.DPI, facecolor="white",
+                     layout="constrained")
     axes = view.add_subplot()
     values, top = values.detach().float().cpu(), max(1e-6, float(values.max()))
     shown = axes.imshow(values.numpy(), cmap="Blues", vmin=0, vmax=top, aspect="auto")
@@ -238,7 +245,8 @@ def matrix(values, rows, columns, title="", bold=None):
                       color="white" if dark else "black")
     if bold is not None:
         low, high, left, right = bold - 0.48, bold + 0.48, -0.5, m - 0.5
-        axes.plot([left, right, right, left, left], [low, low, high, high, low], color="#e45756", lw=2, clip_on=False)
+        axes.plot([left, right, right, left, left], [low, low, high, high, low], color="#e45756", lw=2,
+                  clip_on=False)
     view.colorbar(shown, ax=axes, label="weight", shrink=0.9)
     axes.set_title(title, fontsize=11)
     view.alt = title or "a matrix of weights"
@@ -246,11 +254,12 @@ def matrix(values, rows, columns, title="", bold=None):
 
 
 def curves(panels, height=3.2):
-    """Line plots side by side: panels are (title, x label, y label, {name: (xs, ys)}, log axes?) -> a View."""
-    view = show.View(figsize=(4.6 * len(panels), height), dpi=show.DPI, facecolor="white", layout="constrained")
+    """Line plots side by side: panels are (title, x label, y label, {name: (xs, ys)}, log?) -> a View."""
+    view = show.View(figsize=(4.6 * len(panels), height), dpi=show.DPI, facecolor="white",
+                     layout="constrained")
     for k, (title, x_label, y_label, lines, log) in enumerate(panels, 1):
         axes = view.add_subplot(1, len(panels), k)
-        for style, (name, (xs, ys)) in zip(itertools.cycle(("-", "--", "-.")), lines.items()):    # equal lines show, too
+        for style, (name, (xs, ys)) in zip(itertools.cycle(("-", "--", "-.")), lines.items()):
             axes.plot(xs, ys, style, marker="o", ms=4, label=name)
         if log:
             axes.set_xscale("log", base=2)
@@ -287,18 +296,18 @@ def time_and_memory(run, repeats=3):
 # ---------------------------------------------------------------- keys and values swapped
 
 def colour_distance(a, b):
-    """RMSE of two pictures (1, 3, H, W) after averaging over 8 x 8 large blocks: large areas' colours, no detail."""
+    """RMSE of two pictures (1, 3, H, W), averaged over 8 x 8 large blocks: colours of areas, no detail."""
     return float((F.adaptive_avg_pool2d(a, 8) - F.adaptive_avg_pool2d(b, 8)).square().mean().sqrt())
 
 
 def colour_towards(x, a, b):
-    """How far x's large-area colours have gone from a's towards b's: <x - a, b - a> / |b - a|^2 (0 = a, 1 = b)."""
+    """How far x's large-area colours went from a's to b's: <x - a, b - a> / |b - a|^2 (0 = a, 1 = b)."""
     x, a, b = (F.adaptive_avg_pool2d(y, 8) for y in (x, a, b))
     return float(((x - a) * (b - a)).sum() / (b - a).square().sum().clamp_min(1e-12))
 
 
 def structure_distance(a, b):
-    """1 - correlation of the brightness steps between neighbouring pixels: 0 = same outlines, about 1 = unrelated."""
+    """1 - correlation of the brightness steps between pixels: 0 = same outlines, about 1 = unrelated."""
     def steps(x):
         grey = x.float().mean(1, keepdim=True)
         return torch.cat([grey.diff(dim=-1).flatten(), grey.diff(dim=-2).flatten()])
@@ -306,17 +315,18 @@ def structure_distance(a, b):
 
 
 def swapped(pipe, pictures, prompts, steps=25, parts=("k", "v", "kv")):
-    """Draw picture 0 again from its own noise, with keys and values of picture 1: {"own", "other", "k", "v", "kv"}.
+    """Draw picture 0 again from its noise, with keys, values of picture 1: {"own", "other", "k", "v", "kv"}.
 
-    pictures (2, 3, H, W), prompts: two texts. Both are inverted (DDIM, lesson 03). "own" and "other" are the two
-    pictures drawn again without any change, and K and V are recorded while "other" is drawn.
+    pictures (2, 3, H, W), prompts: two texts. Both are inverted (DDIM, lesson 03). "own" and "other" are the
+    two pictures drawn again without any change, and K and V are recorded while "other" is drawn.
     """
     from lib import diffusion, latents
 
     path = diffusion.invert(pipe, latents.encode(pipe, pictures), prompts, steps, refine=1)
 
     def draw(i):
-        return latents.decode(pipe, diffusion.sample(pipe, prompts[i], steps, 1.0, latents=path.noise[i:i + 1])).cpu()
+        z = diffusion.sample(pipe, prompts[i], steps, 1.0, latents=path.noise[i:i + 1])
+        return latents.decode(pipe, z).cpu()
 
     results = {"own": draw(0)}
     with attention.record(pipe.unet) as bank:
@@ -333,7 +343,8 @@ def record_looks(pipe, picture, prompt, times=TIMES, layers="all", kind="self", 
     """Attention weights of a picture noised to each of `times`: one U-Net call each -> Bank with "w"."""
     from lib import diffusion, latents
 
-    z, text, scheduler = latents.encode(pipe, picture), diffusion.embed(pipe, prompt), diffusion.ddim(pipe, 50)
+    z, text = latents.encode(pipe, picture), diffusion.embed(pipe, prompt)
+    scheduler = diffusion.ddim(pipe, 50)
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z)
     with torch.no_grad(), attention.record(pipe.unet, layers, what="w", kind=kind) as bank:
         for t in times:
@@ -342,7 +353,7 @@ def record_looks(pipe, picture, prompt, times=TIMES, layers="all", kind="self", 
 
 
 def swap_strip(pipe, steps=25):
-    """The title picture: A, B, and A with B's keys, values, both. Returns (pictures, labels) for show.sheet."""
+    """The title picture: A, B, and A with B's keys, values, both: (pictures, labels) for show.sheet."""
     from lib import scenes
 
     pair = [scenes.sample(PAIR["FROM"]), scenes.sample(PAIR["TO"])]
@@ -369,7 +380,7 @@ def explorer_strip(pipe, at=(0.64, 0.6), times=(701, 201, 41), numbers=(1, 2, 9,
             layer = layers[i - 1]
             m = looks_from(bank, layer, t, *at)[1].mean(0)
             images.append(heat(picture, m[None, None]))
-            labels.append(f"layer {i}: {layer.place}, {'x'.join(map(str, attention.grid(layer, bank.size)))}\n"
+            labels.append(f"layer {i}: {layer.place}, {'x'.join(map(str, m.shape))}\n"
                           f"brightest = {float(m.max()) * m.numel():.1f} x even")
     return images, labels
 
@@ -381,7 +392,7 @@ def words_strip(pipe, times=(801, 401, 41)):
     scene = scenes.sample(PICTURE)
     picture, prompt = scenes.render(scene).rgb, scene.caption()
     bank = record_looks(pipe, picture, prompt, times, kind="cross")
-    layers = [x for x in attention.layers(pipe.unet, "cross") if x.fraction >= 0.5]     # 4 x 4 squares say little
+    layers = [x for x in attention.layers(pipe.unet, "cross") if x.fraction >= 0.5]   # 4 x 4 says little
     names = [thing.name.split() for thing in scene.things]
     nouns = noun_places(words_of(pipe, prompt), names)
     images, labels = [], []

@@ -1,4 +1,4 @@
-"""Interactive parts of lesson 04: a mask to play with, RePaint's walk, the results one by one; and its pictures."""
+"""Interactive parts of lesson 04: a mask to play with, RePaint's walk, the results; its pictures."""
 from pathlib import Path
 
 import torch
@@ -56,16 +56,22 @@ def mask_view(image, kind, area, seed):
               "m = 1 - fill_mask (papers):\nwhite = 1 = known"]
     drawn = show.tile([with_hole(image, m), _framed(m), _framed(masks.known(m))], labels, columns=3)
     full = int((m > 0).sum())
-    return drawn, f"{kind.replace('_', ' ')}: {full:,} of {m.numel():,} pixels to fill ({full / m.numel():.0%})"
+    share = f"{full:,} of {m.numel():,} pixels to fill ({full / m.numel():.0%})"
+    return drawn, f"{kind.replace('_', ' ')}: {share}"
+
+
+def _dropdown(options, value, label):
+    """A choice that stands flush with `widgets.slider`."""
+    import ipywidgets
+    return ipywidgets.Dropdown(options=options, value=value, description=label,
+                               style={"description_width": "110px"})
 
 
 def mask_explorer(image):
     """Choose kind, share and seed, and see the hole in one picture (1, 3, H, W)."""
-    import ipywidgets
-    kinds = ipywidgets.Dropdown(options=[(k.replace("_", " "), k) for k in masks.KINDS], value="free_form",
-                                description="kind", style={"description_width": "110px"})
     return widgets.panel(
-        lambda kind, area, seed: mask_view(image, kind, area, seed), "mask-explorer", kind=kinds,
+        lambda kind, area, seed: mask_view(image, kind, area, seed), "mask-explorer",
+        kind=_dropdown([(k.replace("_", " "), k) for k in masks.KINDS], "free_form", "kind"),
         area=widgets.slider(0.2, *AREAS, 0.01, "share to fill"), seed=widgets.slider(0, 0, 30, 1, "seed"))
 
 
@@ -83,11 +89,12 @@ def walk_view(steps, length, times):
     view = show.View(figsize=(7.6, 2.9), dpi=show.DPI, facecolor="white")
     axes = view.add_axes((0.09, 0.19, 0.89, 0.75))
     axes.plot(levels, color="#4c78a8", linewidth=1.4)
-    axes.set(xlabel="move", ylabel="noise level (0 = clean)", xlim=(0, len(levels) - 1), ylim=(0, steps + 0.5))
+    axes.set(xlabel="move", ylabel="noise level (0 = clean)", xlim=(0, len(levels) - 1),
+             ylim=(0, steps + 0.5))
     axes.grid(alpha=0.3)
     passes = sum(b < a for a, b in zip(levels, levels[1:]))
-    return _pil(view), (f"jump length {length}, walked {times} times: {passes} passes through the network instead of "
-                        f"{steps} ({passes / steps:.1f} times the cost)")
+    return _pil(view), (f"jump length {length}, walked {times} times: {passes} passes through the network "
+                        f"instead of {steps} ({passes / steps:.1f} times the cost)")
 
 
 def _pil(view):
@@ -111,8 +118,8 @@ def result_view(truth, fill_mask, filled, kind, method, number):
     """(PIL picture, text) of one filling: hole, filling, its error, the truth; all (1, C, H, W)."""
     from lib import metrics
     error = ((filled - truth).abs().mean(1, keepdim=True) * 3).clamp(0, 1)
-    labels = ["the hole", f"{method}, sample {number}", "distance from the truth, x 3\n(black 0, white 1/3 or more)",
-              "the truth"]
+    labels = ["the hole", f"{method}, sample {number}",
+              "distance from the truth, x 3\n(black 0, white 1/3 or more)", "the truth"]
     drawn = show.tile([with_hole(truth, fill_mask), filled, error, truth], labels, columns=4)
     db, edge = metrics.psnr(filled, truth, fill_mask).item(), metrics.seam(filled, fill_mask).item()
     return drawn, f"{kind.replace('_', ' ')}, {method}: PSNR in the hole {db:.1f} dB, seam {edge:+.3f}"
@@ -122,30 +129,26 @@ def results_explorer(truth, fill_mask, kinds, results):
     """Look at every filling of the table: choose mask, method and sample.
 
     truth (N, 3, H, W), fill_mask (N, 1, H, W), kinds: N names; results: method -> (N, samples, 3, H, W)."""
-    import ipywidgets
     if not results or any(r.shape[0] != len(truth) for r in results.values()):
-        raise ValueError(f"give the fillings of each method as (N, samples, 3, H, W) with N = {len(truth)} pictures.")
+        raise ValueError("give the fillings of each method as (N, samples, 3, H, W) with "
+                         f"N = {len(truth)} pictures.")
     most = max(r.shape[1] for r in results.values())
 
     def draw(hole, method, sample):
         made = results[method][hole]
-        number = min(sample, len(made))                                   # one-answer methods have only sample 1
-        return result_view(truth[hole:hole + 1], fill_mask[hole:hole + 1], made[number - 1:number], kinds[hole],
-                           method, number)
+        number = min(sample, len(made))                 # one-answer methods have only sample 1
+        return result_view(truth[hole:hole + 1], fill_mask[hole:hole + 1], made[number - 1:number],
+                           kinds[hole], method, number)
     names = [(f"{k + 1} {kind.replace('_', ' ')}", k) for k, kind in enumerate(kinds)]
-
-    def dropdown(options, value, label):
-        return ipywidgets.Dropdown(options=options, value=value, description=label, style={"description_width": "110px"})
-
-    return widgets.panel(draw, "results-explorer", hole=dropdown(names, 0, "hole"),
-                         method=dropdown(list(results), list(results)[-1], "method"),
+    return widgets.panel(draw, "results-explorer", hole=_dropdown(names, 0, "hole"),
+                         method=_dropdown(list(results), list(results)[-1], "method"),
                          sample=widgets.slider(1, 1, max(most, 2), 1, "sample"))
 
 
 # ---------------------------------------------------------------- pictures in one row each
 
 def error_curve(rows, labels, xlabel, ylabel, low=0):
-    """Lines of values over x as a figure: rows = list of (x, y) sequences; the y axis begins at `low` (None: fits)."""
+    """Lines of values over x as a figure: rows = list of (x, y); the y axis begins at `low` (None: fits)."""
     view = show.View(figsize=(7.6, 3.1), dpi=show.DPI, facecolor="white")
     axes = view.add_axes((0.1, 0.18, 0.87, 0.78))
     for (x, y), label, colour in zip(rows, labels, show.ID_COLOURS):
@@ -158,8 +161,8 @@ def error_curve(rows, labels, xlabel, ylabel, low=0):
 
 
 def offsets(field, grid):
-    """A nearest-neighbour field as colours (1, 3, h, w): red = how far to the right each match lies, green = how far
-    down; grey = right here."""
+    """A nearest-neighbour field as colours (1, 3, h, w): red = how far to the right each match lies, green =
+    how far down; grey = right here."""
     h, w = grid
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     dy, dx = field.view(h, w) // w - y, field.view(h, w) % w - x
