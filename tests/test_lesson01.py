@@ -61,6 +61,12 @@ def test_the_figures_show_the_lessons_own_case():
     assert torch.equal(scenes.render(room, size=32).rgb, widgets_01.example(32))
 
 
+@pytest.mark.parametrize("given", [{"TRAIN_STEPS": 0}, {"KL_WEIGHT": -1.0}, {"SCENE": 5}, {"OTHER": 10_000_000}])
+def test_wrong_parameters_are_refused_before_anything_runs(given):
+    with pytest.raises(ValueError, match="TRAIN_STEPS must be at least 1"):
+        exec(CODE["configure"], {"setup": setup, **setup.notebook_parameters(PATH), **given})
+
+
 def test_no_split_is_mixed():
     """The VAE learns on train rooms, statistics come from validation, what is measured is measured on test rooms."""
     assert 'scenes.seeds("train"' in CODE["small-data"] and 'scenes.seeds("val"' in CODE["scale-measure"]

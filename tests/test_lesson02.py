@@ -71,6 +71,12 @@ def test_the_figures_show_the_lessons_own_rooms():
     assert [t.kind for t in scenes.sample(draw.PAIR["FROM"]).things] == ["ball", "chair"]
 
 
+@pytest.mark.parametrize("given", [{"STEPS": 0}, {"PICTURE": 5}, {"FROM": 5}, {"TO": 10_000_000}])
+def test_wrong_parameters_are_refused_before_anything_runs(given):
+    with pytest.raises(ValueError, match="STEPS must be 1 to 1000"):
+        exec(CODE["configure"], {"setup": setup, **setup.notebook_parameters(PATH), **given})
+
+
 def test_the_explorer_starts_on_the_ball():
     x, y = map(float, re.search(r"x=(0\.\d+), y=(0\.\d+)", CODE["explorer"]).groups())
     scene = scenes.sample(draw.PAIR["FROM"])

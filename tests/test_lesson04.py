@@ -46,6 +46,14 @@ def test_the_figures_show_the_lessons_own_rooms():
     assert scenes.split_of(parameters["FIRST"]) == "test"
     with pytest.raises(ValueError, match="FIRST must be a test seed"):
         widgets_04.rooms(1, first=5)
+    with pytest.raises(ValueError, match="29999999"):
+        widgets_04.rooms(10, first=29999995)
+
+
+@pytest.mark.parametrize("given", [{"ROOMS": 0}, {"SAMPLES": 1}, {"STEPS": 9}, {"STEPS": 1001}])
+def test_wrong_parameters_are_refused_before_anything_runs(given):
+    with pytest.raises(ValueError, match="ROOMS must be at least 1"):
+        exec(CODE["configure"], {"setup": setup, **setup.notebook_parameters(PATH), **given})
 
 
 def test_every_kind_and_every_method_is_in_the_table():
