@@ -62,6 +62,12 @@ register(Check(
         Wrong("grid from zero", lambda times, step: _grid(times, step, lambda ts, t, k: max(
             [n for n, s in enumerate(ts) if s <= t], default=0), first=0.0),
               "your grid starts at 0 seconds, but a video's first timestamp may be anything (1.0 here): start at times[0]."),
+        Wrong("end left out", lambda times, step: shown_frames(times, step)[:-1],
+              "the last grid time is missing: the grid goes up to times[-1] and holds it (range and np.arange stop before)."),
+        Wrong("no repeats", lambda times, step: sorted(set(shown_frames(times, step))),
+              "you name each frame once. A frame that is shown at three grid times stands in the list three times."),
+        Wrong("times", lambda times, step: [times[n] for n in shown_frames(times, step)],
+              "these are the frames' timestamps; their numbers (0, 1, 2, ...) were asked."),
     ]))
 
 
@@ -90,6 +96,10 @@ register(Check(
                                                        for k in range(size)],
               "you made `size` shards; `size` is how many inputs ONE shard holds. Otherwise the cut depends on the number of "
               "workers, and a restart with another number would find other shards."),
+        Wrong("start and length", lambda count, size: [(s, min(size, count - s)) for s in range(0, count, size)],
+              "your second number is how many there are; asked is where the slice stops: items[start:stop]."),
+        Wrong("empty shard", lambda count, size: [(k * size, min((k + 1) * size, count)) for k in range(count // size + 1)],
+              "where size divides count (256 and 128, say) your last shard is empty."),
         Wrong("overlap", lambda count, size: [(max(0, s - 1), min(s + size, count)) for s in range(0, count, size)],
               "neighbouring shards share an input, so it would be done twice."),
     ]))
@@ -144,6 +154,9 @@ register(Check(
               "you keep the row that was READ last. Files of several tries are read in any order: compare `attempt`."),
         Wrong("first wins", lambda rows: _keep(rows, lambda new, old: False),
               "you keep the first result, so a successful retry (attempt 2) is ignored."),
+        Wrong("unsorted", lambda rows: [(name, dict(final_rows(rows))[name]) for name in dict.fromkeys(
+            row["id"] for row in rows if row["status"] in FINAL)],
+              "the right pairs, in the order in which they were read: sort them by id."),
         Wrong("later or equal", lambda rows: _keep(rows, lambda new, old: new["attempt"] >= old["attempt"]),
               "of two rows with the same attempt the first one read counts; you replaced it (use >, not >=)."),
         Wrong("only ok", lambda rows: _keep(rows, lambda new, old: new["attempt"] > old["attempt"], ("ok",)),

@@ -52,7 +52,8 @@ def _session_cases(g):
     ids = ["d.png", "a.png", "c.png", "b.png", "e.png", "f.png"]
     first = [("d.png", "ok"), ("a.png", "bad_input"), ("c.png", "start"), ("b.png", "start")]
     second = [("b.png", "ok"), ("e.png", "start")]
-    return [(ids, [first, second]), (ids, [first]), (ids, []), (["x.png"], [[("x.png", "start")], [("x.png", "nan")]])]
+    return [(ids, [first, second]), (ids, [first]), (ids, []), (["x.png"], [[("x.png", "start")], [("x.png", "nan")]]),
+            (["x.png", "y.png"], [[("x.png", "start"), ("x.png", "ok")], [("x.png", "start"), ("y.png", "start")]])]
 
 
 register(Check(
@@ -70,6 +71,10 @@ register(Check(
               'you count "ok" alone. A broken file stays broken: each session would try it again, and the job never ends.'),
         Wrong("sorted", lambda ids, sessions: sorted(_left(ids, sessions)),
               "the right ones, in another order: keep the order of the frozen list, it decides the shards."),
+        Wrong("last word", lambda ids, sessions: [i for i in ids if dict(
+            pair for rows in sessions for pair in rows).get(i, "start") == "start"],
+              'you let a later "start" undo a result: a session that was not shown the earlier one begins again, but what '
+              "is done stays done."),
         Wrong("what is done", lambda ids, sessions: [i for i in ids if i not in _left(ids, sessions)],
               "these are the ones that are done; those that are left were asked."),
     ]))
@@ -114,6 +119,12 @@ register(Check(
               "you cut the list into fixed parts, one for each worker: the fast one ends early and waits for the slow one."),
         Wrong("round robin", lambda d, s: _fixed(d, s, lambda k, n, m: k % m),
               "you deal the pieces out in turn, like cards: the slow worker gets as many as the fast one."),
+        Wrong("first to finish it", lambda d, s: _earliest(d, s),
+              "you give each piece to whoever would FINISH it first. Nobody knows that beforehand: it goes to whoever is free "
+              "first, also if that one is slow."),
+        Wrong("sorted", lambda d, s: finish_time(sorted(d, reverse=True), s),
+              "you begin with the longest piece. That would help, but how long a piece takes is known only afterwards: keep "
+              "the order."),
         Wrong("ideal", lambda d, s: sum(d) / sum(s),
               "this is the ideal, as if a piece could be shared out like water: a shard is done by one worker."),
         Wrong("speeds ignored", lambda d, s: finish_time(d, [1.0] * len(s)),
@@ -123,6 +134,14 @@ register(Check(
         Wrong("first to finish", lambda d, s: _first(d, s),
               "you give the moment when the FIRST worker has nothing left; the job is done when the last one is."),
     ]))
+
+
+def _earliest(durations, speeds):
+    end = [0.0] * len(speeds)
+    for seconds in durations:
+        worker = min(range(len(speeds)), key=lambda k: end[k] + seconds / speeds[k])
+        end[worker] += seconds / speeds[worker]
+    return max(end)
 
 
 def _first(durations, speeds):

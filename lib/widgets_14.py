@@ -39,10 +39,12 @@ def timestamps(times, shown, step=0.1):
     axes.vlines(times, 0, 0.35, color="#4c78a8", linewidth=1.1, label="a frame's timestamp")
     grid = times[0] + step * np.arange(len(shown))
     axes.vlines(grid, 0.6, 1, color="#999999", linewidth=0.8, label=f"grid time, every {step:g} s")
-    axes.plot([grid, times[shown]], [np.full(len(grid), 0.6), np.full(len(grid), 0.35)], color="#e45756", linewidth=0.8)
+    axes.plot([grid, times[shown]], [np.full(len(grid), 0.6), np.full(len(grid), 0.35)], color="#e45756", linewidth=0.8,
+              label=["the frame shown then"] + [None] * (len(grid) - 1))
     axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
     axes.set_xlabel("seconds")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.35), ncols=2, frameon=False, fontsize=8.5)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.35), ncols=3, frameon=False, fontsize=8.5)
     return view
 
 
@@ -169,11 +171,14 @@ def plan_view(thousands=25, serial=1.1, shared=1.4, devices=2, way=WAYS[0]):
     left.bar(counts - shift, parts[1], width, color="#4c78a8", edgecolor=edge, label="device")
     left.bar(counts + shift, parts[0], width, bottom=0 if shift else parts[1], color="#f58518", edgecolor=edge,
              label="load, write, commit" + (" (meanwhile)" if shift else ""))
-    left.set_ylim(0, max(total.max(), parts[0].max()) * 1.3)
+    left.set_ylim(0, 1.3 * (serial + shared))                     # the same for all ways: their bars can be compared
+    left.set_title(f"{way}: {total[devices - 1]:.2f} s an image on {devices} device{'s' * (devices > 1)}", fontsize=9.5)
     left.set_ylabel("seconds an image")
     right.plot(counts, counts, ":", color="#999999", label="ideal")
     right.plot(counts, total[0] / total, "o-", color="#4c78a8", label=way)
     right.plot([devices], [total[0] / total[devices - 1]], "o", color="#e45756", markersize=9)
+    right.set_title(f"{total[0] / total[devices - 1]:.2f} times as fast as one", fontsize=9.5)
+    right.set_ylim(0.8, 4.3)
     right.set_ylabel("times as fast as one device")
     for axes in (left, right):
         axes.set_xlabel("devices")

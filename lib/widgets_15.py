@@ -93,9 +93,9 @@ def _operations(side):
 
 def budget_view(steps=9, used=USED, card="T4", side=512, gpus=2, thousands=25):
     """Left: seconds an image against steps, by part. Right: hours of the job against GPUs. A PIL picture."""
-    ops, each = _operations(side), np.arange(1, 51)
-    if gpus not in range(1, 9) or thousands < 1 or steps not in each:
+    if gpus not in range(1, 9) or thousands < 1 or steps not in range(1, 51):
         raise ValueError("Give 1 to 50 steps, 1 to 8 GPUs, and 1 or more thousand images.")
+    ops, each = _operations(side), np.arange(1, min(50, max(10, 2 * steps)) + 1)
     rate = CARDS[card] * used
     view, left, right = _axes(9.4, 3.1, "seconds an image against steps; hours against GPUs", 2)
     once = [3 * ops.decode + 2 * ops.encode, 2 * ops.depth]
@@ -105,7 +105,8 @@ def budget_view(steps=9, used=USED, card="T4", side=512, gpus=2, thousands=25):
     left.axhline(BUDGET, color="black", linestyle="--", linewidth=1, label=f"{BUDGET} s")
     left.plot([steps], [here], "o", color="#e45756", markersize=8, clip_on=False)
     left.set_title(f"{_count(steps, 'step')} (red dot): {here:.1f} s, worked out", fontsize=9.5)
-    left.set_xlim(1, 50)
+    left.set_xlim(1, each[-1])
+    left.set_ylim(bottom=0)
     left.set_xlabel("denoising steps")
     left.set_ylabel(f"seconds an image on one {card}")
     left.legend(frameon=False, fontsize=8.5, loc="upper left")
@@ -258,7 +259,7 @@ def make_figures(folder):
     folder, paths = Path(folder), []
     with tempfile.TemporaryDirectory() as base:
         parts, _, ended = two_sessions(base)
-        drawn = _pil(lanes(parts, [(ended, "the first session is over")]))
+        drawn = _pil(lanes(parts, [(ended, "the first session's time is up")]))
     stills = {"15_sessions": drawn, "15_budget": stack([budget_view(), budget_view(steps=50)]),
               "15_hand_out": stack([hand_out_view(n, plan=plan) for n, plan in
                                     ((12, PLANS[0]), (12, PLANS[2]), (60, PLANS[2]))])}
