@@ -103,7 +103,7 @@ def _sentence(z, change, what, channel, x, y, amount):
     f = change.shape[-1] // z.shape[-1]
     seen = float((change > 1 / 255).float().mean())
     where = f"cell ({x}, {y}) of channel {channel}" if what == WHAT[0] else f"all of channel {channel}"
-    text = f"{where} {amount:+.1f}: {seen:.0%} of the pixels change by more than 1/255"
+    text = f"{where} changed by {amount:+.1f}: {seen:.0%} of the pixels move by more than 1/255"
     total = float(change.square().sum())
     if what != WHAT[0] or total == 0:
         return text

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.browser
 def test_the_cell_editor_moves_cells_and_whole_channels(lab):
     with lab.lesson("01") as page:
         before, after = drag(page, "latent-cells", slider=3, by=-150)          # the amount
-        assert before != after and "of channel 0 -" in after
+        assert before != after and "of channel 0 changed by -" in after
         before, after = drag(page, "latent-cells", slider=1, by=120)           # x: another cell
         assert before != after and "cell (" in after
         _, after = choose(page, "latent-cells", "whole channel")

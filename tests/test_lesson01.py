@@ -229,12 +229,12 @@ def test_the_controls_move_picture_and_text(tiny_pipe, latent):
         box = widgets_01.latent_cells(tiny_pipe, latent, x=4, y=6)
     what, channel, x, y, amount, text, picture = box.children
     assert (x.max, y.max, channel.max, amount.min, amount.max) == (15, 15, 3, -4.0, 4.0)
-    assert "cell (4, 6) of channel 0 +2.0" in text.value
+    assert "cell (4, 6) of channel 0 changed by +2.0" in text.value
     seen = {picture.value}
     for control, value in ((amount, -4.0), (x, 15), (y, 0), (channel, 3), (what, "whole channel")):
         control.value = value
         seen.add(picture.value)
-    assert len(seen) == 6 and "all of channel 3 -4.0" in text.value
+    assert len(seen) == 6 and "all of channel 3 changed by -4.0" in text.value
     drawn = np.asarray(Image.open(io.BytesIO(picture.value)).convert("RGB"))
     wanted = widgets_01.cell_view(tiny_pipe, latent, "whole channel", 3, 15, 0, -4.0).convert("RGB")
     assert np.array_equal(drawn, np.asarray(wanted))
