@@ -1,4 +1,4 @@
-"""Lesson 01 in a real JupyterLab in a real browser: it runs, and the latent cell editor changes the picture."""
+"""Lesson 01 in a real JupyterLab in a real browser: it runs, and the cell editor changes the picture."""
 import pytest
 from browser import choose, drag
 

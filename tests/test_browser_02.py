@@ -1,4 +1,4 @@
-"""Lesson 02 in a real JupyterLab in a real browser: sliders, dropdowns and clicks move the attention explorer."""
+"""Lesson 02 in a real JupyterLab in a real browser: sliders, choices and clicks move the explorer."""
 import pytest
 from browser import changed, choose, panel, picture, shot, text
 
@@ -7,7 +7,7 @@ PANEL = "attention-explorer"
 
 
 def drag_x(page, by):
-    """Drag the first slider. The panel is tall: with its picture in view, the slider is not, so scroll to it."""
+    """Drag the first slider. The panel is tall: with its picture in view it is not, so scroll to it."""
     old = shot(picture(page, PANEL), f"{PANEL}_before")
     handle = panel(page, PANEL).locator(".noUi-handle, .ui-slider-handle").first
     handle.scroll_into_view_if_needed()
@@ -35,5 +35,5 @@ def test_the_attention_explorer_follows_sliders_dropdowns_and_clicks(lab):
         box = clickable.bounding_box()
         page.mouse.click(box["x"] + 0.8 * box["width"], box["y"] + 0.9 * box["height"])
         clicked = changed(page, PANEL, old, f"{PANEL}_clicked")
-        assert clicked != after and f"token {14 * 16 + 12}" in clicked            # row 14, column 12 of 16 x 16
+        assert clicked != after and f"token {14 * 16 + 12}" in clicked      # row 14, column 12 of 16 x 16
         assert text(page, PANEL) == clicked

@@ -13,12 +13,14 @@ CODE = {c.id: c.source for c in LESSON.cells if c.cell_type == "code"}
 WORDS = "\n".join(c.source for c in LESSON.cells if c.cell_type == "markdown")
 ANSWERS = {"metres_to_depth": "return ((z - near) / (far - near)).clamp(0, 1)",
            "foreground_mask": "return (depth < d).float()",
-           "paste_at_depth": "a = layer[:, 3:] * (depth >= at)\n    return layer[:, :3] * a + image * (1 - a)"}
+           "paste_at_depth": "a = layer[:, 3:] * (depth >= at)\n"
+                             "    return layer[:, :3] * a + image * (1 - a)"}
 GLOSSARY = {"zero-shot": "không cần huấn luyện lại", "diffusion model": "mô hình khuếch tán",
             "depth-aware": "nhận biết độ sâu", "occlusion": "sự che khuất",
             "inpainting / image completion": "vẽ bù, điền khuyết", "latent space": "không gian tiềm ẩn",
             "self-attention": "cơ chế tự chú ý", "feature injection": "tiêm đặc trưng",
-            "data parallelism": "song song dữ liệu", "foreground / background layer": "lớp tiền cảnh / hậu cảnh"}
+            "data parallelism": "song song dữ liệu",
+            "foreground / background layer": "lớp tiền cảnh / hậu cảnh"}
 
 
 def test_glossary_is_complete_in_both_languages():
@@ -27,9 +29,10 @@ def test_glossary_is_complete_in_both_languages():
 
 
 def test_the_parts_of_a_lesson_are_there():
-    order = ["**You will be able to**", "**Before this**", "**Minutes**", "**On a GPU**", "Settings", "Meet the Miniature",
-             "One depth-aware edit", "one threshold", "Your turn", "Words of this course", "Recap",
-             "The same with Stable Diffusion", "Further reading", "**Errata.**"]
+    order = ["**You will be able to**", "**Before this**", "**Minutes**", "**On a GPU**", "Settings",
+             "Meet the Miniature", "One depth-aware edit", "one threshold", "Your turn",
+             "Words of this course", "Recap", "The same with Stable Diffusion", "Further reading",
+             "**Errata.**"]
     places = [WORDS.index(part) for part in order]
     assert places == sorted(places)
     assert len(re.findall(r"<details><summary>.+?</summary>.+?</details>", WORDS, re.S)) == 3
@@ -41,11 +44,12 @@ def test_the_figures_show_the_lessons_own_case():
     assert {k: parameters[k] for k in widgets.EXAMPLE} == widgets.EXAMPLE
     assert scenes.split_of(parameters["SCENE"]) == "test"
     thing = re.search(r"scenes\.Thing\((.+?)\)", CODE["scene"]).group(0)
-    assert eval(thing, {"scenes": scenes}).__dict__ | {"z": 0} == widgets.example()[1].things[-1].__dict__ | {"z": 0}
+    here, stored = eval(thing, {"scenes": scenes}), widgets.example()[1].things[-1]
+    assert here.__dict__ | {"z": 0} == stored.__dict__ | {"z": 0}
 
 
 def test_the_case_keeps_its_promises():
-    """A chair behind the table: partly hidden, with a shadow of at least 4 % of the picture, and other light given."""
+    """A chair behind the table: partly hidden, a shadow of at least 4 % of the picture, other light given."""
     room, whole, index, cutout = widgets.example()
     r = scenes.render([room, whole])
     assert "table in front of a red chair" in whole.caption()
@@ -66,7 +70,7 @@ def run_cell(name, **names):
 
 
 def test_the_d_of_the_text_separates_table_and_chair():
-    """The lesson says: at 0.33 nearly all of the table is foreground and the chair is not; at 0.38 the chair is cut."""
+    """At 0.33 nearly all of the table is foreground and the chair is not; at 0.38 the chair is cut."""
     _, whole, index, _ = widgets.example()
     r = scenes.render(whole)
     share = lambda d, i: (scenes.to_depth01(r.depth) < d)[r.ids == i].float().mean()

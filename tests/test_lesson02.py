@@ -1,7 +1,8 @@
-"""Lesson 02: its form, the promises its text makes, its exercises, its explorer, and its build-it versions."""
+"""Lesson 02: its form, the promises its text makes, its exercises, its explorer, what it builds."""
 import ast
 import math
 import re
+import time
 from pathlib import Path
 
 import nbformat
@@ -20,11 +21,13 @@ WORDS = "\n".join(c.source for c in LESSON.cells if c.cell_type == "markdown")
 ANSWERS = {
     "softmax": "e = (scores - scores.amax(dim, keepdim=True)).exp()\n    return e / e.sum(dim, keepdim=True)",
     "scaled_attention": "return torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v",
-    "multi_head": "B, N, C = q.shape\n    cut = lambda x: x.view(B, -1, heads, C // heads).permute(0, 2, 1, 3)\n"
+    "multi_head": "B, N, C = q.shape\n"
+                  "    cut = lambda x: x.view(B, -1, heads, C // heads).permute(0, 2, 1, 3)\n"
                   "    out = F.scaled_dot_product_attention(cut(q), cut(k), cut(v))\n"
                   "    return out.permute(0, 2, 1, 3).reshape(B, N, C)",
     "attention_cost": "return tokens * tokens * heads, 2 * tokens * tokens * heads * head_width",
-    "blend_tokens": "m = F.adaptive_avg_pool2d(mask, size).flatten(2).mT\n    return own + m * (source - own)",
+    "blend_tokens": "m = F.adaptive_avg_pool2d(mask, size).flatten(2).mT\n"
+                    "    return own + m * (source - own)",
 }
 
 
@@ -40,10 +43,11 @@ def looked():
 # ---------------------------------------------------------------- form and promises
 
 def test_the_parts_of_a_lesson_are_there():
-    order = ["**You will be able to**", "**Before this**", "**Minutes**", "**On a GPU**", "## 1 · Settings", "## 2 · The idea",
-             "## 3 · From scratch", "## 4 · Why divide", "## 5 · Several heads", "## 6 · Attention does not know",
-             "## 7 · The bill", "## 8 · Where the layers sit", "## 9 · The attention explorer", "## 10 · Cross-attention",
-             "## 11 · What keys carry", "## 12 · Your turn", "## 13 · Recap", "## 14 · The same with Stable Diffusion",
+    order = ["**You will be able to**", "**Before this**", "**Minutes**", "**On a GPU**", "## 1 · Settings",
+             "## 2 · The idea", "## 3 · From scratch", "## 4 · Why divide", "## 5 · Several heads",
+             "## 6 · Attention does not know", "## 7 · The bill", "## 8 · Where the layers sit",
+             "## 9 · The attention explorer", "## 10 · Cross-attention", "## 11 · What keys carry",
+             "## 12 · Your turn", "## 13 · Recap", "## 14 · The same with Stable Diffusion",
              "## 15 · Further reading", "**Errata.**"]
     places = [WORDS.index(part) for part in order]
     assert places == sorted(places)
@@ -66,7 +70,7 @@ def test_the_figures_show_the_lessons_own_rooms():
     assert {k: parameters[k] for k in draw.PAIR} == draw.PAIR and parameters["PICTURE"] == draw.PICTURE
     for seed in (*draw.PAIR.values(), draw.PICTURE):
         assert scenes.split_of(seed) == "test"
-    assert len({t.colour for t in scenes.sample(draw.PICTURE).things}) == 4       # "four chairs in four colours"
+    assert len({t.colour for t in scenes.sample(draw.PICTURE).things}) == 4    # "four chairs in four colours"
     assert {t.kind for t in scenes.sample(draw.PICTURE).things} == {"chair"}
     assert [t.kind for t in scenes.sample(draw.PAIR["FROM"]).things] == ["ball", "chair"]
 
@@ -93,9 +97,9 @@ def test_nothing_shared_is_stored_about_time_or_quality():
 # ---------------------------------------------------------------- what the text says, run
 
 def run_cells(*names, **space):
-    space = {"torch": torch, "F": F, "math": math, "draw": draw, "lib_attention": attention, "diffusion": diffusion,
-             "scenes": scenes, "show": show, "run": setup.configure("mini", 0, True), "display": lambda x: x,
-             "tolerance": 1e-5, **space}
+    space = {"torch": torch, "F": F, "math": math, "draw": draw, "lib_attention": attention,
+             "diffusion": diffusion, "scenes": scenes, "show": show, "run": setup.configure("mini", 0, True),
+             "display": lambda x: x, "tolerance": 1e-5, **space}
     for name in names:
         exec(CODE[name], space)
     return space
@@ -114,7 +118,8 @@ def test_it_looks_at_the_cat_and_then_at_the_dog(capsys):
 
 def test_the_worked_example_has_the_shapes_of_the_course(capsys):
     space = run_cells("shapes-qkv", "shapes-attention", "own-attention", "mixture")
-    shapes = {n: tuple(space[n].shape) for n in ("features", "tokens", "Q", "K", "V", "scores", "weights", "out")}
+    names = ("features", "tokens", "Q", "K", "V", "scores", "weights", "out")
+    shapes = {n: tuple(space[n].shape) for n in names}
     assert shapes == {"features": (1, 256, 64, 64), "tokens": (4096, 256), "Q": (4096, 64), "K": (4096, 64),
                       "V": (4096, 256), "scores": (4096, 4096), "weights": (4096, 4096), "out": (4096, 256)}
     by_hand = space["Q"][7] @ space["K"][9] / 8                              # token 7 asks, token 9 answers
@@ -148,25 +153,33 @@ def test_the_exercises_answers_equal_the_library():
     q, k, v = (torch.randn(2, 5, 8, generator=g) for _ in range(3))
     assert torch.allclose(checks_02.scaled_attention(q, k, v), attention.attention(q, k, v), atol=1e-6)
     heads = [attention.split_heads(x, 2) for x in (q, k, v)]
-    assert torch.allclose(checks_02.multi_head(q, k, v, 2), attention.merge_heads(attention.attention(*heads)), atol=1e-6)
+    merged = attention.merge_heads(attention.attention(*heads))
+    assert torch.allclose(checks_02.multi_head(q, k, v, 2), merged, atol=1e-6)
     assert checks_02.attention_cost(64, 4, 16) == tuple(attention.cost(64, 4, 16).values())
     assert torch.allclose(checks_02.softmax(q * 90, 1), (q * 90).softmax(1), atol=1e-6)
     own, source = torch.randn(2, 1, 12, 4, generator=g)
     mask = torch.rand(1, 1, 24, 32, generator=g)
     blended = checks_02.blend_tokens(own, source, mask, (3, 4))
-    assert torch.allclose(blended, attention._blend(own, source, attention.pool_mask(mask, (3, 4))), atol=1e-6)
+    theirs = attention._blend(own, source, attention.pool_mask(mask, (3, 4)))
+    assert torch.allclose(blended, theirs, atol=1e-6)
 
 
 def test_the_tables_of_layers(tiny_pipe):
     space = run_cells("where", pipe=tiny_pipe)
     rows = space["layer_rows"](space["sd15"])
-    assert len(rows) == 16 and rows[0][2:6] == ["64 x 64", 4096, 8, 40] and rows[6][1:4] == ["mid", "8 x 8", 64]
+    assert len(rows) == 16 and rows[0][2:6] == ["64 x 64", 4096, 8, 40]
+    assert rows[6][1:4] == ["mid", "8 x 8", 64]
     assert rows[0][6] == pytest.approx(134.217728)
     assert len(space["layer_rows"](tiny_pipe.unet)) == 10
 
 
 def test_time_and_memory_measures_what_is_allocated():
-    seconds, extra = draw.time_and_memory(lambda: [torch.ones(50 * 2**18) + 1 for _ in range(2)], repeats=2)
+    def run():
+        held = torch.ones(50 * 2**18) + 1                   # 50 MB, for longer than the meter's 10 ms
+        time.sleep(0.1)
+        return held
+
+    seconds, extra = draw.time_and_memory(run, repeats=2)
     assert 0 < seconds < 30 and extra > 40
 
 
@@ -174,7 +187,8 @@ def test_the_slope_of_a_power_is_its_exponent():
     source = CODE["cost-curves"].split("seconds, memory")[0]
     space = {"torch": torch}
     exec(source, space)
-    assert space["slope"]([256, 512, 1024, 2048], [n**2 * 3e-6 for n in (256, 512, 1024, 2048)]) == pytest.approx(2)
+    sizes = [256, 512, 1024, 2048]
+    assert space["slope"](sizes, [n**2 * 3e-6 for n in sizes]) == pytest.approx(2)
 
 
 def test_lift_is_one_by_chance_and_more_on_purpose():
@@ -256,7 +270,7 @@ def test_controls_and_clicks_move_the_maps(looked):
         control.value = value
         seen.add(picture.value)
     assert len(seen) == 6 and "layer 1 of 10" in text.value and "t = 701" in text.value
-    clicker.x, clicker.y = 0.5, 0.25                                         # what a click in the browser does
+    clicker.x, clicker.y = 0.5, 0.25                                   # what a click in the browser does
     assert (x.value, y.value) == (0.5, 0.25) and picture.value not in seen
     assert clicker.source.startswith("data:image/png;base64,")
 
@@ -276,14 +290,15 @@ def test_strips_of_the_explorer_and_of_the_words(tiny_pipe):
 
 
 def test_each_noun_of_the_stored_picture_is_read_at_its_own_thing():
-    """What the text and the picture's words (alt) say, of the shipped weights: a failure means they must be rewritten."""
+    """What text and alt say of the shipped weights: a failure means that they must be rewritten."""
     pipe = models.load("mini", quiet=True)
     scene = scenes.sample(draw.PICTURE)
     made, prompt = scenes.render(scene), scene.caption()
     bank = draw.record_looks(pipe, made.rgb, prompt, (801, 41), kind="cross")
     layers = [x for x in attention.layers(pipe.unet, "cross") if x.fraction >= 0.5]
     listed, names = draw.words_of(pipe, prompt), [thing.name.split() for thing in scene.things]
-    nouns, colours = draw.noun_places(listed, names), [dict((w, p) for p, w in listed)[name[0]] for name in names]
+    nouns = draw.noun_places(listed, names)
+    colours = [dict((w, p) for p, w in listed)[name[0]] for name in names]
 
     def lift(place, thing, t):
         m = draw.word_map(bank, layers, t, place, bank.size)
@@ -292,7 +307,8 @@ def test_each_noun_of_the_stored_picture_is_read_at_its_own_thing():
 
     for i, (noun, colour) in enumerate(zip(nouns, colours)):
         assert lift(noun, i, 41) > 3 and lift(noun, i, 41) > lift(noun, i, 801)
-        assert all(lift(noun, i, 41) > 1.5 * lift(other, i, 41) for other in [*nouns[:i], *nouns[i + 1:], colour])
+        others = [*nouns[:i], *nouns[i + 1:], colour]
+        assert all(lift(noun, i, 41) > 1.5 * lift(other, i, 41) for other in others)
 
 
 def test_nouns_are_found_behind_their_own_colour():

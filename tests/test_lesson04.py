@@ -23,21 +23,23 @@ ANSWERS = {
                        "out",
     "put_known_back": "a = alphas_cumprod[t - 1]\n    known = a ** 0.5 * x0 + (1 - a) ** 0.5 * noise\n"
                       "    return known * (1 - fill_mask) + x_prev * fill_mask",
-    "jump_forward": "r = alphas_cumprod[t] / alphas_cumprod[s]\n    return r ** 0.5 * x + (1 - r) ** 0.5 * noise",
+    "jump_forward": "r = alphas_cumprod[t] / alphas_cumprod[s]\n"
+                    "    return r ** 0.5 * x + (1 - r) ** 0.5 * noise",
 }
 
 
 # ---------------------------------------------------------------- form
 
 def test_the_parts_of_a_lesson_are_there():
-    order = ["**You will be able to**", "**Before this**", "**Minutes**", "**On a GPU**", "Settings, rooms and holes",
-             "Which value means", "How good is a filling", "Smooth it over", "Copy from the same picture", "Copy from another picture",
-             "Learn it: one network", "hold the known part", "RePaint's jumps", "Diffusion in latents", "One table",
-             "### Where each fails", "Your turn", "Recap", "The same with Stable Diffusion", "Further reading", "**Errata.**"]
+    order = ["**You will be able to**", "**Before this**", "**Minutes**", "**On a GPU**",
+             "Settings, rooms and holes", "Which value means", "How good is a filling", "Smooth it over",
+             "Copy from the same picture", "Copy from another picture", "Learn it: one network", "hold the known part", "RePaint's jumps",
+             "Diffusion in latents", "One table", "### Where each fails", "Your turn", "Recap",
+             "The same with Stable Diffusion", "Further reading", "**Errata.**"]
     places = [WORDS.index(part) for part in order]
     assert places == sorted(places)
     assert len(re.findall(r"<details><summary>.+?</summary>.+?</details>", WORDS, re.S)) == 3
-    assert WORDS.count("**(!)**") >= 4                     # the convention, the clean paste, the cut, the confound, the stride
+    assert WORDS.count("**(!)**") >= 4    # the convention, the clean paste, the cut, the confound, stride
 
 
 def test_the_figures_show_the_lessons_own_rooms():
@@ -73,7 +75,7 @@ def test_exercises_name_minutes_and_difficulty_and_have_four_wrong_answers():
     assert all(len(checks.find(name).wrongs) >= 4 for name in ANSWERS)
 
 
-# ---------------------------------------------------------------- build it: the notebook's versions are the library's
+# ---------------------------------------------------------------- its versions are the library's
 
 class FakeRun:
     smoke, size = True, 64
@@ -106,13 +108,14 @@ def test_the_notebooks_repaint_step_and_jump_are_the_librarys():
     for t in (961, 481, 41, 1):
         mine = space["reverse_step"](output, t, x, x0, 1 - hole, g())
         assert torch.equal(mine, inpaint.repaint_step(space["levels"], output, t, x, x0, hole, g()))
-    assert torch.equal(space["up"](x, range(9, 30), g()), inpaint.forward_jump(space["levels"], x, range(9, 30), g()))
+    theirs = inpaint.forward_jump(space["levels"], x, range(9, 30), g())
+    assert torch.equal(space["up"](x, range(9, 30), g()), theirs)
 
 
 def test_no_cell_writes_again_what_the_library_has():
     defined = set(re.findall(r"^def (\w+)", "\n".join(CODE.values()), re.M))
-    assert defined == {"ready", "use_folder", "install", "find_course", "score", "row", "distance", "better", "propagate",
-                       "random_search", "cut_cost", "reverse_step", "up", *ANSWERS}
+    assert defined == {"ready", "use_folder", "install", "find_course", "score", "row", "distance", "better",
+                       "propagate", "random_search", "cut_cost", "reverse_step", "up", *ANSWERS}
 
 
 # ---------------------------------------------------------------- widgets
@@ -183,14 +186,15 @@ def test_mask_strip_and_offsets(room):
 
 
 def test_method_strip_with_methods_that_need_no_model(room):
-    images, labels = widgets_04.method_strip(room, masks.centre_box(1, 64, area=0.1), {"smear": ("telea", None)})
+    hole = masks.centre_box(1, 64, area=0.1)
+    images, labels = widgets_04.method_strip(room, hole, {"smear": ("telea", None)})
     assert labels == ["the hole", "smear", "the truth"] and len(images) == 3
 
 
 # ---------------------------------------------------------------- the recipe of the context network
 
 def test_the_recipe_runs_resumes_and_exports(tmp_path, monkeypatch):
-    """Past a third of its budget the discriminators play too; a second call goes on; the export is what FillNet loads."""
+    """Past a third of its budget the discriminators play, too; a second call goes on; FillNet loads it."""
     from lib import train
     monkeypatch.setattr(train, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(train, "CHUNK", 4)
@@ -203,19 +207,21 @@ def test_the_recipe_runs_resumes_and_exports(tmp_path, monkeypatch):
     assert (first["step"], second["step"]) == (3, 4) and set(second["models"]) == {"gen", "whole", "local"}
     for part in second["models"]:
         a, b = first["models"][part], second["models"][part]
-        assert any(not torch.equal(a[k], b[k]) for k in a) and all(torch.isfinite(v).all() for v in b.values())
+        assert any(not torch.equal(a[k], b[k]) for k in a)
+        assert all(torch.isfinite(v).all() for v in b.values())
     train.export(tmp_path / "out", ["fillnet"])
     net = inpaint.FillNet.load(tmp_path / "out" / "fillnet")
     assert net.config["widths"] == [16, 32, 64]
     train.pack(tmp_path / "packed")
     train.unpack(tmp_path / "packed")
-    train.train_fillnet(0, 5, batch=2)                     # packed: the generator goes on, the discriminators are new
+    train.train_fillnet(0, 5, batch=2)          # packed: the generator goes on, the discriminators are new
     assert train.checkpoint("fillnet")["step"] == 5
 
 
 def test_windows_hold_a_pixel_of_the_hole():
     from lib import train
-    m, g = masks.random_box(6, 64, torch.Generator().manual_seed(0), area=(0.02, 0.05)), torch.Generator().manual_seed(1)
+    m = masks.random_box(6, 64, torch.Generator().manual_seed(0), area=(0.02, 0.05))
+    g = torch.Generator().manual_seed(1)
     corners = train._windows(m, 24, g)
     assert (corners >= 0).all() and (corners <= 40).all()
     assert (train._cut(m, corners, 24).amax((1, 2, 3)) == 1).all()
