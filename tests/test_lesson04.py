@@ -33,9 +33,10 @@ ANSWERS = {
 def test_the_parts_of_a_lesson_are_there():
     order = ["**You will be able to**", "**Before this**", "**Minutes**", "**On a GPU**",
              "Settings, rooms and holes", "Which value means", "How good is a filling", "Smooth it over",
-             "Copy from the same picture", "Copy from another picture", "Learn it: one network", "hold the known part", "RePaint's jumps",
-             "Diffusion in latents", "One table", "### Where each fails", "Your turn", "Recap",
-             "The same with Stable Diffusion", "Further reading", "**Errata.**"]
+             "Copy from the same picture", "Copy from another picture", "Learn it: one network",
+             "hold the known part", "RePaint's jumps", "Diffusion in latents", "One table",
+             "### Where each fails", "Your turn", "Recap", "The same with Stable Diffusion",
+             "Further reading", "**Errata.**"]
     places = [WORDS.index(part) for part in order]
     assert places == sorted(places)
     assert len(re.findall(r"<details><summary>.+?</summary>.+?</details>", WORDS, re.S)) == 3
