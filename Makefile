@@ -13,7 +13,7 @@ AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 help:
 	@echo 'make lab          set up, open JupyterLab on lesson 00'
-	@echo 'make test         set up, run all tests and every notebook (ARGS="-k name" for some)'
+	@echo 'make test         set up, run all tests and every notebook (ARGS="-k name" for some; JOBS=4 processes, 2 if not said)'
 	@echo 'make edit         IMAGE=photo.jpg AT=0.5 (or 2.4m) INSERT=cutout.png [DEPTH=depth.png OUTPUT=folder ...]'
 	@echo 'make batch        INPUT=film.mp4 OUTPUT=folder [MODEL=sd15 AT=0.5 STEPS=9 MAX_SECONDS=40000 ...] (lesson 15)'
 	@echo 'make train        train the mini models again (PART=vae for one of them)'
@@ -50,10 +50,13 @@ no_python = { echo "No Python 3.11 or newer was found. Install one, or name it: 
 lab: .venv/ready
 	$(BIN) -m jupyterlab $(AS_ROOT) $(wildcard notebooks/00_*.ipynb)
 
-# The notebooks, shortened by SMOKE and otherwise untouched, are tests like all others: one run, one summary.
+# The notebooks, shortened by SMOKE and otherwise untouched, are tests like all others: one run, one summary. Two
+# processes of one thread each, whole files each (a notebook's cells are one file); JOBS=0 runs all in this process.
+JOBS ?= 2
 test: .venv/ready
 	@$(BIN) -m lib.setup prepare build/notebooks
-	$(BIN) -m pytest tests build/notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=300 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN) -m pytest tests build/notebooks -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env \
+		--nbval-cell-timeout=300 $(ARGS)
 
 # Every variable given on the command line is a parameter of the notebook; an unknown one is an error there. Values go
 # through the environment, so that spaces and quotes in them survive.

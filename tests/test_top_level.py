@@ -1,4 +1,5 @@
 """The top level: commands, dependencies, packaging, licences, and what may be tracked."""
+import json
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ def make(*words, cwd=REPO, **environment):
 
 def setup_names():
     """Variables of `make edit` and `make`, which a caller's environment might hold."""
-    return {"PYTHON", "ARGS", "PART", "IMAGE", "DEPTH", "AT", "INSERT", "PROMPT", "OUTPUT", "MODEL", "SEED"}
+    return {"PYTHON", "ARGS", "JOBS", "PART", "IMAGE", "DEPTH", "AT", "INSERT", "PROMPT", "OUTPUT", "MODEL", "SEED"}
 
 
 def test_the_top_level_is_complete():
@@ -43,6 +44,9 @@ def test_readme_names_the_two_commands():
     for words in ("make lab", "make test", "MIT", "CC BY 4.0"):
         assert words in text, f"README.md does not name {words}"
     assert setup.lesson_table() in text, "the lesson table is out of date: python -m lib.setup table"
+    board = json.loads((REPO / "data" / "benchmark" / "mini-100.json").read_text())["settings"]
+    again = f"python -m lib.benchmark --scenes {board['scenes']} --steps {board['steps']}"
+    assert again in text, "the README does not say how its table was made"
 
 
 @make_only
@@ -50,9 +54,11 @@ def test_make_test_runs_all_tests_and_all_notebooks_in_one_run():
     text = make("-W", "pyproject.toml", "test").stdout
     assert "-m venv .venv" in text and "pip install" in text  # sets up by itself
     assert "lib.setup prepare build/notebooks" in text
-    (line,) = [line for line in text.splitlines() if "-m pytest" in line]
-    for words in ("tests build/notebooks", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300"):
+    (line,) = [line for line in text.replace("\\\n", " ").splitlines() if "-m pytest" in line]
+    for words in ("tests build/notebooks", "-n 2 --dist loadfile", "--nbval-lax", "--nbval-current-env",
+                  "--nbval-cell-timeout=300"):
         assert words in line
+    assert "-n 0 --dist" in make("test", "JOBS=0").stdout
 
 
 @make_only
@@ -110,7 +116,8 @@ def test_every_dependency_has_a_floor_and_no_pin():
 def test_conda_gets_the_same():
     parts = yaml.safe_load((REPO / "environment.yml").read_text())["dependencies"]
     (pip,) = [p["pip"] for p in parts if isinstance(p, dict)]
-    assert "-e ." in pip and "-c constraints.txt" in pip
+    assert "-e .[test]" in pip and "-c constraints.txt" in pip  # as the Makefile installs it
+    assert '-e ".[test]"' in (REPO / "Makefile").read_text()
     assert any(str(p).startswith("python >=3.11") for p in parts) and "pip" in parts
 
 
