@@ -2,8 +2,8 @@
 
     python kaggle/make.py USER                                 the lesson as it is, on the course's own film
     python kaggle/make.py USER --data me/frames -p INPUT frames -p MODEL sd15 --internet
-    python kaggle/make.py USER --data me/frames -p INPUT frames --session 2     the second session of the same job
-    python kaggle/make.py USER --wheels                        also fetch wheels.txt (needs a network here, not on Kaggle)
+    python kaggle/make.py USER --data me/frames -p INPUT frames --session 2     the same job goes on
+    python kaggle/make.py USER --wheels              also fetch wheels.txt (needs a network here, not there)
 
 It prints the commands to type next. Nothing is sent from here.
 """
@@ -29,7 +29,8 @@ def kernel(folder: Path, user: str, parameters=(), data=(), session=1, internet=
     meta = json.loads((HERE / "kernel-metadata.json").read_text())
     notebook = ROOT / "notebooks" / meta["code_file"]
     known = setup.notebook_parameters(notebook)
-    given = {"JOB_ONLY": True, **{name: setup._typed(value, known.get(name, "")) for name, value in parameters}}
+    given = {name: setup._typed(value, known.get(name, "")) for name, value in parameters}
+    given = {"JOB_ONLY": True, **given}
     lessons.check_parameters(known | given)                       # here, and not after a push and a wait
     slug = meta["id"].split("/")[1]
     meta["id"], meta["title"] = f"{user}/{_numbered(slug, session)}", _numbered(meta["title"], session, " ")
@@ -47,8 +48,8 @@ def _numbered(name, session, gap="-"):
 
 
 def dataset(folder: Path, user: str, wheels=False) -> Path:
-    """The folder for `kaggle datasets create`: the course as one wheel (lib, models, figures), and wheels of what the image
-    may lack. Without internet on Kaggle this is how the course gets there."""
+    """The folder for `kaggle datasets create`: the course as one wheel (lib, models, figures), and wheels of
+    what the image may lack. Without internet on Kaggle this is how the course gets there."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     pip = [sys.executable, "-m", "pip"]
@@ -65,13 +66,15 @@ def dataset(folder: Path, user: str, wheels=False) -> Path:
 
 
 def main(words=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("user", help="your name on Kaggle, as in its addresses")
-    parser.add_argument("-p", dest="parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("-p", dest="parameter", nargs=2, action="append", default=[],
+                        metavar=("NAME", "VALUE"))
     attach = dict(action="append", default=[], metavar="OWNER/SLUG")
     parser.add_argument("--data", **attach, help="a dataset to attach; may be repeated")
     parser.add_argument("--model", **attach, help="a Kaggle model to attach, by its whole name")
-    parser.add_argument("--session", type=int, default=1, help="2: attach session 1's output and go on; and so on")
+    parser.add_argument("--session", type=int, default=1, help="2: attach session 1's output and go on")
     parser.add_argument("--internet", action="store_true", help="let the notebook use it, for weights (sd15)")
     parser.add_argument("--wheels", action="store_true", help="put wheels of wheels.txt into the dataset")
     parser.add_argument("--no-dataset", action="store_true", help="the dataset is there already")
@@ -82,12 +85,14 @@ def main(words=None) -> int:
                         args.model)
         if not args.no_dataset:
             folder = dataset(args.to / "dataset", args.user, args.wheels)
-            print(f"kaggle datasets create -p {folder}      # again: kaggle datasets version -m new -p {folder}")
+            print(f"kaggle datasets create -p {folder}"
+                  f"      # again: kaggle datasets version -m new -p {folder}")
     except (ValueError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     name = json.loads((pushed / "kernel-metadata.json").read_text())["id"]
-    print(f"kaggle kernels push -p {pushed}\nkaggle kernels status {name}\nkaggle kernels output {name} -p out")
+    print(f"kaggle kernels push -p {pushed}", f"kaggle kernels status {name}",
+          f"kaggle kernels output {name} -p out", sep="\n")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""What is special about a Kaggle session: which GPUs must be there, where attached things lie, and when it ends.
+"""What is special about a Kaggle session: which GPUs must be there, where things lie, when it ends.
 
-Elsewhere these functions do what one would expect: a path is a path, any device will do, and time is not short.
+Elsewhere these functions do what one would expect: a path is a path, any device will do, time is not short.
 """
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lib.jobs import FINAL, VIDEOS, Refused
 SESSION = 12 * 3600.0           # seconds after which Kaggle ends a session with a CPU or with GPUs
 MARGIN = 42 * 60.0              # what the last batch, the report and saving may take
 OUTPUT = 20e9                   # bytes that /kaggle/working may keep
-SWITCH_ON = ("On Kaggle: in the notebook's settings, Accelerator, choose 'GPU T4 x2' (with `kaggle kernels push`: "
-             '"machine_shape": "NvidiaTeslaT4"). GPUS = 0 goes on with what is here.')
+SWITCH_ON = ("On Kaggle: in the notebook's settings, Accelerator, choose 'GPU T4 x2' (with "
+             '`kaggle kernels push`: "machine_shape": "NvidiaTeslaT4"). GPUS = 0 goes on with what is here.')
 
 
 def here() -> bool:
@@ -37,23 +37,26 @@ def inputs() -> Path:
 
 CHOICES = {"ENGINE": ("local", "ray"), "PACK": ("", "files", "tar"), "DEVICE": ("auto", "cuda", "cpu", "mps"),
            "DEPTH_NEAR": ("", "low", "high")}
-LEAST = {"STEPS": 1, "MAX_SIDE": 32, "LIMIT": 0, "SHARD": 0, "WORKERS": 0, "LOADERS": 1, "BATCH": 0, "GPUS": -1}
+LEAST = {"STEPS": 1, "MAX_SIDE": 32, "LIMIT": 0, "SHARD": 0, "WORKERS": 0, "LOADERS": 1, "BATCH": 0,
+         "GPUS": -1}
 
 
 def check_parameters(given: dict):
-    """ValueError, a line for each, when parameters of lesson 15 cannot be used. Nothing has been begun by then.
+    """ValueError, a line for each, when parameters of lesson 15 cannot be used.
 
-    given: values by name; other names are passed over. A job keeps its settings, so a slip of the pen that began one
-    would have to be thrown away; and a worker's own words about it would stand in a log.
+    given: values by name; other names are passed over. A job keeps its settings, so a slip of the pen that
+    began one would have to be thrown away; and a worker's own words about it would stand in a log.
     """
     wrong = [f"{name} is one of {', '.join(map(repr, known))}; it is {given[name]!r}."
              for name, known in CHOICES.items() if name in given and given[name] not in known]
-    wrong += [f"{name} is a whole number of {least} or more; it is {given[name]!r}." for name, least in LEAST.items()
+    wrong += [f"{name} is a whole number of {least} or more; it is {given[name]!r}."
+              for name, least in LEAST.items()
               if name in given and (type(given[name]) is not int or given[name] < least)]
     for name, above in (("STEP", True), ("MAX_SECONDS", False)):
         value = given.get(name, 1)
         if type(value) not in (int, float) or not (value > 0 if above else value >= 0):
-            wrong.append(f"{name} is a number of seconds, {'more than 0' if above else '0 or more'}; it is {value!r}.")
+            words = "more than 0" if above else "0 or more"
+            wrong.append(f"{name} is a number of seconds, {words}; it is {value!r}.")
     wrong += [f"RETRY names statuses ({', '.join(FINAL)}), with commas between; {word!r} is none."
               for word in filter(None, str(given.get("RETRY", "")).split(",")) if word not in FINAL]
     if given.get("PROCESS", "edit") == "edit":
@@ -66,9 +69,11 @@ def _wrong_edit(given) -> list[str]:
     """What `lib.edit` says of the words that place an object, before there is a picture."""
     from lib import depth, edit
     wrong, insert = [], str(given.get("INSERT", ""))
-    drawn = insert and not Path(insert).suffix and Path(str(given.get("MODEL", "mini"))).name.startswith("mini")
+    mini = Path(str(given.get("MODEL", "mini"))).name.startswith("mini")
+    drawn = mini and insert and not Path(insert).suffix
     for test in (lambda: edit.check_settings("", given.get("MECHANISM", "inject")),
-                 lambda: given.get("AT") and depth.parse_at(given["AT"]), lambda: edit._where(given.get("WHERE", "")),
+                 lambda: given.get("AT") and depth.parse_at(given["AT"]),
+                 lambda: edit._where(given.get("WHERE", "")),
                  lambda: drawn and edit._words(edit.words_of(insert))):
         try:
             test()
@@ -82,8 +87,9 @@ def _wrong_edit(given) -> list[str]:
 def check_devices(wanted: int = -1) -> list[str]:
     """The GPUs that work with this torch, as text. RuntimeError says what is missing and what to switch on.
 
-    wanted: how many must be there; -1: two on Kaggle, elsewhere whatever there is. Each card does one small sum, in
-    another process (so that this one holds no memory on them): a card too old for this torch says it is available.
+    wanted: how many must be there; -1: two on Kaggle, elsewhere whatever there is. Each card does one small
+    sum, in another process (so that this one holds no memory on them): a card too old for this torch says it
+    is available.
     """
     wanted = (2 if here() else 0) if wanted < 0 else wanted
     found = engines.cards()
@@ -96,21 +102,22 @@ def check_devices(wanted: int = -1) -> list[str]:
 
 
 def _try_cards(found):
-    code = "import sys, torch\nfor n in range(int(sys.argv[1])): torch.ones(2, device=f'cuda:{n}').sum().item()"
+    code = ("import sys, torch\n"
+            "for n in range(int(sys.argv[1])): torch.ones(2, device=f'cuda:{n}').sum().item()")
     done = subprocess.run([sys.executable, "-c", code, str(len(found))], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"There are {len(found)} GPUs ({found[0].name}), and this torch cannot use them: {last}. "
-                           + SWITCH_ON)
+        raise RuntimeError(f"There are {len(found)} GPUs ({found[0].name}), and this torch cannot use them: "
+                           f"{last}. {SWITCH_ON}")
 
 
 # ---------------------------------------------------------------- what is attached
 
 def attached(name, base=None) -> Path:
-    """A path as it is; else what is attached to the notebook under this name. Refused: neither; says what there is.
+    """A path as it is; else what is attached to the notebook under this name. Refused: neither.
 
-    name: "slug", "owner/slug", or a file or folder inside ("owner/slug/frames"). Both mounts are known: <slug>/, and
-    since 2026 <kind>/<owner>/<slug>/ with kind "datasets", "notebooks" and so on.
+    name: "slug", "owner/slug", or a file or folder inside ("owner/slug/frames"). Both mounts are known:
+    <slug>/, and since 2026 <kind>/<owner>/<slug>/ with kind "datasets", "notebooks" and so on.
     """
     base, path = Path(base or inputs()), Path(name)
     if path.exists():
@@ -124,7 +131,8 @@ def attached(name, base=None) -> Path:
         for place in places:
             if place.exists():
                 return place
-    there = sorted({str(p.relative_to(base)) for p in [*base.glob("*"), *base.glob("*/*/*")] if p.is_dir()})[:20]
+    places = [p for p in [*base.glob("*"), *base.glob("*/*/*")] if p.is_dir()]
+    there = sorted({str(p.relative_to(base)) for p in places})[:20]
     raise Refused(f"There is no {name!r} here, nor is it attached under {base}"
                   + (f", which holds: {', '.join(there)}." if there else ", which holds nothing."))
 
@@ -132,9 +140,10 @@ def attached(name, base=None) -> Path:
 def frames(source, folder, step=0.1, max_side=None) -> Path:
     """What a job in `folder` works on: of a film its frames, none larger than max_side; all else as it is.
 
-    25,000 frames of 4K are hundreds of GB as PNG, so they are made no larger than they are worked on. On Kaggle they lie
-    outside /kaggle/working, which keeps OUTPUT bytes: each session makes them again, with the same bytes. Elsewhere they
-    are made once, in the job's folder; after that lib.jobs compares the film with them.
+    25,000 frames of 4K are hundreds of GB as PNG, so they are made no larger than they are worked on. On
+    Kaggle they lie outside /kaggle/working, which keeps OUTPUT bytes: each session makes them again, with the
+    same bytes. Elsewhere they are made once, in the job's folder; after that lib.jobs compares the film with
+    them.
     """
     from lib import video
     source, folder = Path(source), Path(folder)
@@ -143,7 +152,9 @@ def frames(source, folder, step=0.1, max_side=None) -> Path:
     if here():
         scratch = Path(tempfile.gettempdir()) / f"frames-{source.stem}-{step:g}-{max_side or 'full'}"
         return video.extract(source, scratch, step, max_side)
-    return source if (folder / "run.json").is_file() else video.extract(source, folder / "frames", step, max_side)
+    if (folder / "run.json").is_file():
+        return source
+    return video.extract(source, folder / "frames", step, max_side)
 
 
 def sessions(base=None, deep=5) -> list[Path]:
@@ -188,19 +199,19 @@ def _is_installed(name) -> bool:
 # ---------------------------------------------------------------- the clock
 
 def session_age() -> float:
-    """Seconds since this session began: the age of its first process (an interactive one began before its notebook)."""
+    """Seconds since this session began: the age of its first process (older than its notebook)."""
     import psutil
     return time.time() - psutil.Process(1).create_time()
 
 
 def working_seconds(given: float = 0, limit=SESSION, margin=MARGIN) -> float:
-    """For --max-seconds: what is given; else, on Kaggle, what is left of the session less a margin; elsewhere 0.
+    """For --max-seconds: what is given; else, on Kaggle, what is left of the session less MARGIN; else 0.
 
     Refused when nothing is left."""
     if given or not here():
         return float(given)
     left = limit - margin - session_age()
     if left <= 0:
-        raise Refused(f"This session is {session_age() / 3600:.1f} h old and ends at {limit / 3600:.0f} h: start a new "
-                      "one, attach this one's output, and the job goes on.")
+        raise Refused(f"This session is {session_age() / 3600:.1f} h old and ends at {limit / 3600:.0f} h: "
+                      "start a new one, attach this one's output, and the job goes on.")
     return left

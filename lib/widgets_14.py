@@ -33,14 +33,14 @@ def _pil(view) -> Image.Image:
 # ---------------------------------------------------------------- frames and memory
 
 def timestamps(times, shown, step=0.1):
-    """Each frame's timestamp as a tick, the grid as lines, and which frame is shown at each grid time as a dot."""
+    """Each frame's timestamp as a tick, the grid as lines, and which frame is shown at each grid time."""
     view, axes = _view(8.4, 1.9, "timestamps of the frames and the grid times that show them")
     times = np.asarray(times, float)
     axes.vlines(times, 0, 0.35, color="#4c78a8", linewidth=1.1, label="a frame's timestamp")
     grid = times[0] + step * np.arange(len(shown))
     axes.vlines(grid, 0.6, 1, color="#999999", linewidth=0.8, label=f"grid time, every {step:g} s")
-    axes.plot([grid, times[shown]], [np.full(len(grid), 0.6), np.full(len(grid), 0.35)], color="#e45756", linewidth=0.8,
-              label=["the frame shown then"] + [None] * (len(grid) - 1))
+    axes.plot([grid, times[shown]], [np.full(len(grid), 0.6), np.full(len(grid), 0.35)], color="#e45756",
+              linewidth=0.8, label=["the frame shown then"] + [None] * (len(grid) - 1))
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("seconds")
@@ -64,7 +64,7 @@ def curves(x, series, xlabel, ylabel, alt="chart", bottom=0):
 # ---------------------------------------------------------------- a job that was killed
 
 def timeline(rows, kills, total, start):
-    """Each input's final row as a dot: when (seconds since `start`), which place, which process; kills as lines."""
+    """Each input's final row as a dot: when (seconds since `start`), which place, which process."""
     view, axes = _view(8.4, 3.2, "each finished image over time, in its process's colour; kills as lines")
     workers = list(dict.fromkeys(row["worker"] for row in sorted(rows, key=lambda row: row["time"])))
     places = {row["id"]: k for k, row in enumerate(rows)}
@@ -83,12 +83,13 @@ def timeline(rows, kills, total, start):
 
 
 def killed_run(folder, source, times=3, process="tint", settings=()):
-    """Start a job, `kill -9` parent and worker after a part of its rows, start it again, and so on `times` times; then
-    let it finish. Returns (kill times, start, exit code of the last run)."""
+    """Start a job, `kill -9` parent and worker after a part of its rows, start it again, and so on `times`
+    times; then let it finish. Returns (kill times, start, exit code of the last run)."""
     from lib import setup
-    words = [sys.executable, "-m", "lib.batch", "run", str(folder), "--input", str(source), "--process", process,
-             "--workers", "1", "--batch", "2", "--quiet", "--device", "cpu", *settings]
-    env = {**os.environ, "PYTHONPATH": str(setup.root() if (setup.root() / "lib").is_dir() else setup.root().parent)}
+    words = [sys.executable, "-m", "lib.batch", "run", str(folder), "--input", str(source), "--process",
+             process, "--workers", "1", "--batch", "2", "--quiet", "--device", "cpu", *settings]
+    home = setup.root() if (setup.root() / "lib").is_dir() else setup.root().parent
+    env = {**os.environ, "PYTHONPATH": str(home)}
     options = dict(env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     begin, kills = time.time(), []
     for share in np.arange(1, times + 1) / (times + 1):
@@ -125,11 +126,13 @@ WAYS = ("one loop", "one loop, overlapped", "a process each, overlapped")
 
 
 def seconds_an_image(serial, shared, devices, way="one loop") -> float:
-    """How long an image takes. serial: loading, encoding, writing, committing; shared: the device's work; seconds each.
+    """How long an image takes. serial: loading, encoding, writing, committing; shared: the device's work;
+    seconds each.
 
-    "one loop": load, hand out, wait for the devices, write: serial + shared / devices. "one loop, overlapped": loading
-    and writing go on meanwhile, the slower of the two sets the pace. "a process each, overlapped": every device has its
-    own loader and writer, so nothing is left that they do not share (as long as there are cores for them).
+    "one loop": load, hand out, wait for the devices, write: serial + shared / devices. "one loop,
+    overlapped": loading and writing go on meanwhile, the slower of the two sets the pace. "a process each,
+    overlapped": every device has its own loader and writer, so nothing is left that they do not share (as
+    long as there are cores for them).
     """
     if way not in WAYS:
         raise ValueError(f"Unknown way {way!r}; known: {', '.join(WAYS)}.")
@@ -157,10 +160,11 @@ def sessions(images, seconds, hours=12.0, margin=0.7) -> int:
 def plan_view(thousands=25, serial=1.1, shared=1.4, devices=2, way=WAYS[0]):
     """Left: seconds an image by part, for 1 to 4 devices. Right: the speed-up. Returns a PIL picture.
 
-    thousands of images; serial, shared: seconds an image; devices 1 to 4; way: one of WAYS. ValueError outside.
+    thousands of images; serial, shared: seconds an image; devices 1 to 4; way: one of WAYS. ValueError else.
     """
     if thousands <= 0 or serial < 0 or shared <= 0 or devices not in (1, 2, 3, 4):
-        raise ValueError("Give more than 0 images and shared seconds, serial seconds >= 0, and 1 to 4 devices.")
+        raise ValueError("Give more than 0 images and shared seconds, "
+                         "serial seconds >= 0, and 1 to 4 devices.")
     counts = np.arange(1, 5)
     total = np.array([seconds_an_image(serial, shared, n, way) for n in counts])
     parts = np.full(4, float(serial)) / (counts if way == WAYS[2] else 1), shared / counts
@@ -169,10 +173,11 @@ def plan_view(thousands=25, serial=1.1, shared=1.4, devices=2, way=WAYS[0]):
     edge = ["black" if n == devices else "none" for n in counts]
     width, shift = (0.7, 0) if way == WAYS[0] else (0.34, 0.18)
     left.bar(counts - shift, parts[1], width, color="#4c78a8", edgecolor=edge, label="device")
-    left.bar(counts + shift, parts[0], width, bottom=0 if shift else parts[1], color="#f58518", edgecolor=edge,
-             label="load, write, commit" + (" (meanwhile)" if shift else ""))
-    left.set_ylim(0, 1.3 * (serial + shared))                     # the same for all ways: their bars can be compared
-    left.set_title(f"{way}: {total[devices - 1]:.2f} s an image on {devices} device{'s' * (devices > 1)}", fontsize=9.5)
+    left.bar(counts + shift, parts[0], width, bottom=0 if shift else parts[1], color="#f58518",
+             edgecolor=edge, label="load, write, commit" + (" (meanwhile)" if shift else ""))
+    left.set_ylim(0, 1.3 * (serial + shared))           # the same for all ways: their bars can be compared
+    left.set_title(f"{way}: {total[devices - 1]:.2f} s an image on {devices} device{'s' * (devices > 1)}",
+                   fontsize=9.5)
     left.set_ylabel("seconds an image")
     right.plot(counts, counts, ":", color="#999999", label="ideal")
     right.plot(counts, total[0] / total, "o-", color="#4c78a8", label=way)
@@ -192,8 +197,8 @@ def plan_text(thousands=25, serial=1.1, shared=1.4, devices=2, way=WAYS[0]) -> s
     """The planner's line: seconds an image, hours, sessions of 12 h."""
     seconds, one = (seconds_an_image(serial, shared, n, way) for n in (devices, 1))
     hours, need = thousands * 1000 * seconds / 3600, sessions(thousands * 1000, seconds)
-    return (f"{seconds:.2f} s an image, {one / seconds:.2f} times as fast as one device; {thousands},000 images take "
-            f"{hours:.1f} h: {need} session{'s' if need > 1 else ''} of 12 h")
+    return (f"{seconds:.2f} s an image, {one / seconds:.2f} times as fast as one device; "
+            f"{thousands},000 images take {hours:.1f} h: {need} session{'s' if need > 1 else ''} of 12 h")
 
 
 def planner():
@@ -205,7 +210,8 @@ def planner():
         lambda **values: (plan_view(**values), plan_text(**values)), "batch-planner", way=ways,
         thousands=widgets.slider(25, 1, 100, 1, "images x 1000"),
         serial=widgets.slider(1.1, 0.0, 3.0, 0.05, "load + write, s"),
-        shared=widgets.slider(1.4, 0.1, 5.0, 0.05, "device, s"), devices=widgets.slider(2, 1, 4, 1, "devices"))
+        shared=widgets.slider(1.4, 0.1, 5.0, 0.05, "device, s"),
+        devices=widgets.slider(2, 1, 4, 1, "devices"))
 
 
 # ---------------------------------------------------------------- the stored pictures
@@ -220,7 +226,7 @@ def plan_strip():
 
 
 def make_figures(folder):
-    """Draw the stored pictures of lesson 14 (some seconds: one is a real job that is killed). Returns their paths."""
+    """Draw the stored pictures of lesson 14 (some seconds: one is a real job that is killed)."""
     from lib import bench, jobs
     folder, paths = Path(folder), []
     with tempfile.TemporaryDirectory() as base:

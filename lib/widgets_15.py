@@ -31,7 +31,7 @@ def _pil(view) -> Image.Image:
 def lanes(sessions, marks=(), names=None):
     """A lane for each process, a bar for each batch that it worked on, in the colour of its session.
 
-    sessions: one list of manifest rows for each; marks: [(time, text)] as dashed lines; names: of the sessions.
+    sessions: one list of manifest rows for each; marks: [(time, text)] as dashed lines; names: theirs.
     """
     batches = {}                                                  # rows of one batch share a time stamp
     for k, rows in enumerate(sessions):
@@ -39,8 +39,9 @@ def lanes(sessions, marks=(), names=None):
             if "infer" in row["seconds"]:
                 batches.setdefault((k, row["worker"], row["time"]), []).append(row["seconds"]["infer"])
     start = min(end - sum(parts) for (_, _, end), parts in batches.items())
-    workers = list(dict.fromkeys((k, worker) for k, worker, _ in sorted(batches, key=lambda key: (key[0], key[2]))))
-    view, axes = _axes(8.6, 1.1 + 0.42 * len(workers), "a lane for each process, a bar for each batch it worked on")
+    ordered = sorted(batches, key=lambda key: (key[0], key[2]))
+    workers = list(dict.fromkeys((k, worker) for k, worker, _ in ordered))
+    view, axes = _axes(8.6, 1.1 + 0.42 * len(workers), "a lane for each process, a bar for each batch")
     free = dict.fromkeys(workers, 0.0)
     for (k, worker, end), parts in sorted(batches.items(), key=lambda item: item[0][2]):
         left = max(free[k, worker], end - start - sum(parts))
@@ -61,14 +62,14 @@ def lanes(sessions, marks=(), names=None):
 
 # ---------------------------------------------------------------- what an image costs on a card
 
-CARDS = {"T4": 65.0, "L4": 121.0, "A100": 312.0, "H100": 990.0}  # TFLOP/s, float16, dense: the makers' data sheets
+CARDS = {"T4": 65.0, "L4": 121.0, "A100": 312.0, "H100": 990.0}  # TFLOP/s, float16, dense: data sheets
 USED = 0.12             # share of the peak that plain diffusers reached on a T4 (the lesson works it out)
-BUDGET = 2.5                                                     # seconds an image and a GPU
-PASSES_A_STEP = 3                                                # of mechanism "inject"; the lesson counts them
+BUDGET = 2.5            # seconds an image and a GPU
+PASSES_A_STEP = 3       # of mechanism "inject"; the lesson counts them
 
 
 def seconds_an_image(operations, passes, card="T4", used=USED) -> float:
-    """Operations of an image divided by what a card does in a second: its peak, times the share that is reached."""
+    """Operations of an image divided by what a card does in a second: its peak, times the share reached."""
     if card not in CARDS or not 0 < used <= 1 or passes < 1:
         raise ValueError(f"Give 1 pass or more, a share in (0, 1] and a card of: {', '.join(CARDS)}.")
     return operations.image(passes) / (CARDS[card] * used)
@@ -116,7 +117,8 @@ def budget_view(steps=9, used=USED, card="T4", side=512, gpus=2, thousands=25):
     session = (kaggle.SESSION - kaggle.MARGIN) / 3600
     for k in range(1, int(min(hours.max() / session, 6)) + 1):
         right.axhline(k * session, color="#555555", linestyle=":", linewidth=1)
-        right.text(9.8, k * session, _count(k, "session"), fontsize=8, ha="right", va="bottom", color="#555555")
+        right.text(9.8, k * session, _count(k, "session"), fontsize=8, ha="right", va="bottom",
+                   color="#555555")
     right.set_title(f"{_count(gpus, 'GPU')} (red): {hours[gpus - 1]:.0f} hours", fontsize=9.5)
     right.set_xlim(0.4, 9.9)
     right.set_xlabel("GPUs")
@@ -129,10 +131,10 @@ def budget_text(steps=9, used=USED, card="T4", side=512, gpus=2, thousands=25) -
     here = seconds_an_image(ops, PASSES_A_STEP * steps, card, used)
     hours, fit = thousands * 1000 * here / 3600 / gpus, steps_within(ops, BUDGET, card, used)
     passes, word = PASSES_A_STEP * steps, "within" if here <= BUDGET else "over"
-    return (f"{_count(steps, 'step')}: {passes} passes, {ops.image(passes):.0f} TFLOP an image. At {used:.0%} of the "
-            f"{card}'s {CARDS[card]:.0f} TFLOP/s: {here:.2f} s, {word} {BUDGET} s (into which {_count(fit, 'step')} "
-            f"would fit). {thousands},000 images on {_count(gpus, 'GPU')}: {hours:.1f} h, "
-            f"{_count(sessions_of(hours), 'session')} of 12 h")
+    return (f"{_count(steps, 'step')}: {passes} passes, {ops.image(passes):.0f} TFLOP an image. "
+            f"At {used:.0%} of the {card}'s {CARDS[card]:.0f} TFLOP/s: {here:.2f} s, {word} {BUDGET} s "
+            f"(into which {_count(fit, 'step')} would fit). {thousands},000 images on {_count(gpus, 'GPU')}: "
+            f"{hours:.1f} h, {_count(sessions_of(hours), 'session')} of 12 h")
 
 
 def _count(n, thing) -> str:
@@ -147,7 +149,8 @@ def budget():
         lambda **values: (budget_view(**values), budget_text(**values)), "gpu-budget",
         card=ipywidgets.Dropdown(options=list(CARDS), value="T4", description="card", **wide),
         side=ipywidgets.Dropdown(options=[512, 768], value=512, description="side, pixels", **wide),
-        steps=widgets.slider(9, 1, 50, 1, "steps"), used=widgets.slider(USED, 0.04, 0.6, 0.01, "share of peak"),
+        steps=widgets.slider(9, 1, 50, 1, "steps"),
+        used=widgets.slider(USED, 0.04, 0.6, 0.01, "share of peak"),
         gpus=widgets.slider(2, 1, 8, 1, "GPUs"), thousands=widgets.slider(25, 1, 100, 1, "images x 1000"))
 
 
@@ -157,12 +160,13 @@ PLANS = ("fixed halves", "every other", "next free takes next")
 
 
 def hand_out(durations, speeds, plan=PLANS[2]) -> list[tuple[int, float, float]]:
-    """(worker, start, end) of each piece of work, in order. durations: seconds at speed 1; speeds: of the workers."""
+    """(worker, start, end) of each piece of work, in order. durations: seconds at speed 1."""
     if plan not in PLANS or not len(speeds) or min(speeds) <= 0:
         raise ValueError(f"Give speeds above 0 and a plan of: {', '.join(PLANS)}.")
     free, out, count = [0.0] * len(speeds), [], len(durations)
     for k, seconds in enumerate(durations):
-        worker = {PLANS[0]: k * len(speeds) // count, PLANS[1]: k % len(speeds)}.get(plan, int(np.argmin(free)))
+        fixed = {PLANS[0]: k * len(speeds) // count, PLANS[1]: k % len(speeds)}
+        worker = fixed.get(plan, int(np.argmin(free)))
         end = free[worker] + seconds / speeds[worker]
         out.append((worker, free[worker], end))
         free[worker] = end
@@ -170,7 +174,7 @@ def hand_out(durations, speeds, plan=PLANS[2]) -> list[tuple[int, float, float]]
 
 
 def _work(shards, images=240, setup=0.3, seed=3):
-    """Seconds of each shard: `images` of 1 s each, more or less, cut into shards that each cost `setup` s more."""
+    """Seconds of each shard: `images` of 1 s each, more or less, cut into shards that cost `setup` s more."""
     seconds = np.random.default_rng(seed).gamma(4, 0.25, images)
     return [float(part.sum()) + setup for part in np.array_split(seconds, shards)]
 
@@ -187,8 +191,8 @@ def hand_out_view(shards=12, second=0.6, plan=PLANS[2]):
     last = max(end for *_, end in done)
     for worker in (0, 1):
         idle = max([end for w, _, end in done if w == worker], default=0.0)
-        axes.barh(worker, last - idle, left=idle, height=0.6, color="#eeeeee", hatch="///", edgecolor="#bbbbbb",
-                  linewidth=0)
+        axes.barh(worker, last - idle, left=idle, height=0.6, color="#eeeeee", hatch="///",
+                  edgecolor="#bbbbbb", linewidth=0)
     axes.set_yticks([0, 1], ["GPU 0", f"GPU 1 ({second:.0%} as fast)"])
     axes.set_ylim(1.5, -0.5)
     axes.set_xlim(0, 260)
@@ -201,8 +205,8 @@ def hand_out_text(shards=12, second=0.6, plan=PLANS[2]) -> str:
     work = _work(shards)
     last = max(end for *_, end in hand_out(work, [1.0, second], plan))
     best = sum(_work(1, setup=0.0)) / (1 + second)
-    return (f"{shards} shards of about {240 / shards:.0f} images, {plan}: {last:.0f} s, {last / best - 1:.0%} more "
-            f"than the {best:.0f} s without waiting and without beginnings")
+    return (f"{shards} shards of about {240 / shards:.0f} images, {plan}: {last:.0f} s, "
+            f"{last / best - 1:.0%} more than the {best:.0f} s without waiting and without beginnings")
 
 
 def shards():
@@ -210,8 +214,8 @@ def shards():
     import ipywidgets
     ways = ipywidgets.Dropdown(options=PLANS, value=PLANS[0], description="who takes what",
                                style={"description_width": "110px"}, layout=ipywidgets.Layout(width="480px"))
-    return widgets.panel(lambda **values: (hand_out_view(**values), hand_out_text(**values)), "hand-out", plan=ways,
-                         shards=widgets.slider(12, 2, 240, 1, "shards"),
+    return widgets.panel(lambda **values: (hand_out_view(**values), hand_out_text(**values)), "hand-out",
+                         plan=ways, shards=widgets.slider(12, 2, 240, 1, "shards"),
                          second=widgets.slider(0.6, 0.2, 1.0, 0.05, "GPU 1's speed"))
 
 
@@ -219,7 +223,8 @@ def shards():
 
 def stack(pictures, gap=8):
     """PIL pictures one above the other."""
-    canvas = Image.new("RGB", (max(p.width for p in pictures), sum(p.height + gap for p in pictures) - gap), "white")
+    size = max(p.width for p in pictures), sum(p.height + gap for p in pictures) - gap
+    canvas = Image.new("RGB", size, "white")
     top = 0
     for picture in pictures:
         canvas.paste(picture, (0, top))
@@ -228,10 +233,11 @@ def stack(pictures, gap=8):
 
 
 def two_sessions(base, images=40, wait=0.12):
-    """A job that a session's end interrupts after a third of its pictures, and a second session in another folder.
+    """A job that a session's end interrupts after a third of its pictures, and a second session elsewhere.
 
-    The end comes as --max-seconds brings it: no new batch is begun. wait: seconds a picture, as a device would take.
-    Returns ([rows of the first, rows that the second one added], the second job, when the end came).
+    The end comes as --max-seconds brings it: no new batch is begun. wait: seconds a picture, as a device
+    would take. Returns ([rows of the first, rows that the second one added], the second job, when the end
+    came).
     """
     from lib import batch, bench, jobs
     base = Path(base)
@@ -255,7 +261,7 @@ def two_sessions(base, images=40, wait=0.12):
 
 
 def make_figures(folder):
-    """Draw the stored pictures of lesson 15 (some seconds: one of them is a real job). Returns their paths."""
+    """Draw the stored pictures of lesson 15 (some seconds: one of them is a real job)."""
     folder, paths = Path(folder), []
     with tempfile.TemporaryDirectory() as base:
         parts, _, ended = two_sessions(base)
