@@ -75,7 +75,7 @@ def test_the_figures_show_the_lessons_own_rooms():
     assert [t.kind for t in scenes.sample(draw.PAIR["FROM"]).things] == ["ball", "chair"]
 
 
-@pytest.mark.parametrize("given", [{"STEPS": 0}, {"PICTURE": 5}, {"FROM": 5}, {"TO": 10_000_000}])
+@pytest.mark.parametrize("given", [{"STEPS": 0}, {"TOKENS": 10**6}, {"PICTURE": 5}, {"FROM": 5}, {"TO": 7}])
 def test_wrong_parameters_are_refused_before_anything_runs(given):
     with pytest.raises(ValueError, match="STEPS must be 1 to 1000"):
         exec(CODE["configure"], {"setup": setup, **setup.notebook_parameters(PATH), **given})
