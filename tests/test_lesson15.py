@@ -88,6 +88,8 @@ def test_the_budget_s_sums():
     assert w.seconds_an_image(OPS, 3 * steps, "T4", 0.2) <= 2.5 < w.seconds_an_image(OPS, 3 * (steps + 1), "T4", 0.2)
     assert w.steps_within(OPS, 0.01) == 0
     assert [w.sessions_of(h) for h in (0.1, 11.3, 11.4, 34.0)] == [1, 1, 2, 4]
+    weeks = [25_000 * w.seconds_an_image(OPS, w.PASSES_A_STEP * steps) / 2 / 3600 / 30 for steps in (20, 50)]
+    assert 0.8 < weeks[0] < 1 and 1.8 < weeks[1] < 2                 # "most of a week" and "two weeks", of 30 hours each
     for wrong in (dict(card="T5"), dict(used=0), dict(used=1.1), dict(passes=0)):
         with pytest.raises(ValueError, match="card of: T4"):
             w.seconds_an_image(OPS, **{"passes": 3, **wrong})
