@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -64,7 +65,7 @@ class Runner:
 
     def __init__(self, processor, options: Options, stop=lambda: False, name=""):
         self.processor, self.options, self.stop, self.name = processor, options, stop, name
-        self.largest = self.batch = options.batch or processor.batch
+        self.largest = self.batch = max(1, options.batch or processor.batch)
         self.good = 0
         self.loaders = ThreadPoolExecutor(max(1, options.loaders), "loader")
         self.writer = ThreadPoolExecutor(1, "writer")
@@ -165,8 +166,10 @@ class Runner:
             if kind and len(group) > 1:
                 singles = 0 if kind == "oom" else len(group)      # one at a time finds the one that fails
                 continue
-            outcomes = ([Outcome(kind, message=answer)] if kind
-                        else [self._checked(entry, output) for entry, output in zip(group, answer)])
+            if kind:
+                outcomes = [self._again(group[0], kind, answer)]
+            else:
+                outcomes = [self._checked(entry, output) for entry, output in zip(group, answer)]
             self.timing["infer"] += seconds
             done += [(e[0], {"load": e[3], "infer": seconds / len(group)}, o) for e, o in zip(group, outcomes)]
             left, singles = left[len(group):], max(0, singles - 1)
@@ -180,7 +183,15 @@ class Runner:
             self.batch, self.good = min(self.largest, self.batch * 2), 0
 
     def _try(self, group, precise=False):
-        """(None, outputs) or (status, message)."""
+        """(None, outputs) or (status, message). A picture alone for which memory is too small gets another chance where
+        the processor knows how to do with less."""
+        kind, answer = self._once(group, precise)
+        while kind == "oom" and len(group) == 1 and self.processor.spare():
+            self.processor.free()
+            kind, answer = self._once(group, precise)
+        return kind, answer
+
+    def _once(self, group, precise):
         seeds = [seed_of(item["id"], self.at.job.facts["settings"].get("seed", 0)) for item, *_ in group]
         try:
             outputs = self.processor.infer([entry[1] for entry in group], seeds, precise)
@@ -196,17 +207,18 @@ class Runner:
     def _checked(self, entry, output):
         """The finite check; a picture that fails in half precision gets one more try in full."""
         wrong = self.processor.check(output, entry[1])
-        if not wrong:
-            return Outcome("ok", *output)
-        if self.processor.half:
-            kind, answer = self._try([entry], precise=True)
-            if kind:
-                self.processor.free()
-                return Outcome(kind, message=answer, precise=True)
-            output, wrong = answer[0], self.processor.check(answer[0], entry[1])
-            if not wrong:
-                return Outcome("ok", *output, precise=True)
-        return Outcome("nan", message=wrong, precise=self.processor.half)
+        return self._again(entry, "nan", wrong) if wrong else Outcome("ok", *output)
+
+    def _again(self, entry, kind, message):
+        """What a failed picture ends as: numbers beyond half precision may be why, whatever it was that they broke."""
+        if kind == "oom" or not self.processor.half:
+            return Outcome(kind, message=message)
+        kind, answer = self._try([entry], precise=True)
+        self.processor.free()
+        if kind:
+            return Outcome(kind, message=answer, precise=True)
+        wrong = self.processor.check(answer[0], entry[1])
+        return Outcome("nan", message=wrong, precise=True) if wrong else Outcome("ok", *answer[0], precise=True)
 
     def _commit(self, results):
         """Pictures first, then their rows (writer thread)."""
@@ -262,13 +274,19 @@ class Outcome:
     oom: int = 0
 
 
+NO_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory|cu(blas|dnn|solver)_status_alloc_failed|"
+                       "unable to find a valid cudnn algorithm")
+LOST = re.compile("device-side assert|illegal memory access|unspecified launch failure|cuda (driver )?error|"
+                  "cu(blas|dnn|solver|sparse)_status|cufft")
+
+
 def classify(error) -> str:
-    """"oom", "poisoned", "bad_input" or "error" for what a processor raised."""
+    """"oom", "poisoned", "bad_input" or "error" for what a processor raised. (After a CUDA error that is no lack of
+    memory every later call fails too, so of two readings the graver is taken: a new process costs seconds.)"""
     text = str(error).lower()
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "out of memory" in text:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or NO_MEMORY.search(text):
         return "oom"
-    if any(words in text for words in ("device-side assert", "illegal memory access", "cuda error", "cublas_status",
-                                       "unspecified launch failure", "cudnn_status_execution")):
+    if isinstance(error, RuntimeError) and LOST.search(text):
         return "poisoned"
     return "bad_input" if isinstance(error, BadInput) else "error"
 
@@ -357,7 +375,8 @@ def _worker_command(args) -> int:
             job.facts["root"] = args.root
         processor = job.processor(args.device)
     except Exception as error:
-        print(f"cannot start: {explain(error)}", flush=True)
+        hint = " (--device cpu works without a GPU)" if args.device == "cuda" and not isinstance(error, ValueError) else ""
+        print(f"cannot start: {explain(error)}{hint}", flush=True)
         return NO_START
     try:
         return work(job, options, args.device, args.index, args.of, processor)
@@ -459,6 +478,18 @@ def describe(facts: dict) -> str:
 
 # ---------------------------------------------------------------- command line
 
+def _count(text) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return int(text)
+
+
+def _seconds(text) -> float:
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds from 0 on")
+    return float(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m lib.batch", description="A resumable job over thousands of pictures.",
                                      epilog="Exit codes of run: 0 all inputs have a final row; 1 it could not go on "
@@ -472,18 +503,18 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--process", default="", help="edit, layers, tint, or your own as module:Class (default: edit)")
     add.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the processor")
     add.add_argument("--depth", default="", help="a folder with a depth file for each picture")
-    add.add_argument("--step", type=float, default=0.1, help="seconds between the frames of a video")
-    add.add_argument("--limit", type=int, default=0, help="only the first N inputs; 0: all")
-    add.add_argument("--shard-size", type=int, default=0, help="inputs a shard; 0: 128, less for small jobs")
+    add.add_argument("--step", type=_seconds, default=0, help="seconds between the frames of a video; 0: 0.1")
+    add.add_argument("--limit", type=_count, default=0, help="only the first N inputs; 0: all")
+    add.add_argument("--shard-size", type=_count, default=0, help="inputs a shard; 0: 128, less for small jobs")
     add.add_argument("--pack", choices=("", "files", "tar"), default="", help="single files, or one tar a shard")
     add.add_argument("--engine", choices=("local", "ray"), default="local", help="processes here, or Ray")
     add.add_argument("--address", default="", help="a Ray cluster's address")
-    add.add_argument("--workers", type=int, default=0, help="0: one for each GPU, else one")
+    add.add_argument("--workers", type=_count, default=0, help="0: one for each GPU, else one")
     add.add_argument("--device", default="auto", help="auto, cuda, cpu or mps")
-    add.add_argument("--batch", type=int, default=0, help="pictures a step; 0: what the processor likes")
-    add.add_argument("--loaders", type=int, default=2, help="decoding threads of each worker")
-    add.add_argument("--lease", type=float, default=LEASE, help="seconds after which a silent worker counts as dead")
-    add.add_argument("--max-seconds", type=float, default=0, help="stop in good order after so long; 0: never")
+    add.add_argument("--batch", type=_count, default=0, help="pictures a step; 0: what the processor likes")
+    add.add_argument("--loaders", type=_count, default=2, help="decoding threads of each worker")
+    add.add_argument("--lease", type=_seconds, default=LEASE, help="seconds after which a silent worker counts as dead")
+    add.add_argument("--max-seconds", type=_seconds, default=0, help="stop in good order after so long; 0: never")
     add.add_argument("--done-root", action="append", default=[], help="an earlier session's folder; may be repeated")
     add.add_argument("--pin", action="store_true", help="worker i on core i only, one thread")
     add.add_argument("--report", action="store_true", help="make the report at the end")
@@ -499,10 +530,10 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("folder", type=Path)
     add.add_argument("--to", type=Path, help="another folder than FOLDER/report")
     add = commands.add_parser("bench", help="scaling, cost of the commits, memory; on this machine")
-    add.add_argument("--images", type=int, default=600, help="of the scaling run (default: %(default)s; 0: skip it)")
-    add.add_argument("--memory", type=int, default=0, help="also watch memory over so many cheap pictures")
-    add.add_argument("--edits", type=int, default=0, help="also run the real pipeline on so many frames")
-    add.add_argument("--steps", type=int, default=50, help="denoising steps of its edits (default: %(default)s)")
+    add.add_argument("--images", type=_count, default=600, help="of the scaling run (default: %(default)s; 0: skip it)")
+    add.add_argument("--memory", type=_count, default=0, help="also watch memory over so many cheap pictures")
+    add.add_argument("--edits", type=_count, default=0, help="also run the real pipeline on so many frames")
+    add.add_argument("--steps", type=_count, default=50, help="denoising steps of its edits (default: %(default)s)")
     add.add_argument("--device", default="cpu", help="of its edits; cuda: one process, then two on one card")
     add.add_argument("--model", default="mini", help="of its edits; random-sd15 needs no download")
     add.add_argument("--dtype", default="auto", help="of its edits: float16 or float32, to compare them")

@@ -14,10 +14,12 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import subprocess
 import tempfile
 import time
 from collections import defaultdict
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -143,7 +145,6 @@ def operations(model="sd15", side=512) -> Operations:
     model: "sd15" (with DPT-Large for depth), or a pipeline's folder or name (with mini-depth). side: of its pictures.
     """
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
     with torch.device("meta"):
         if model in ("sd15", "random-sd15"):
             unet, vae, words, depth = *_sd15_shapes(), 77, _dpt_large()
@@ -192,21 +193,23 @@ def _shapes_of(model):
 # ---------------------------------------------------------------- one card, one and two processes
 
 class Watch:
-    """Samples a GPU with nvidia-smi, a few times a second, while the block runs: busy share in %, memory in MB."""
+    """Samples a GPU with nvidia-smi, a few times a second, while the block runs.
 
-    def __init__(self, card: str | None):
-        self.card, self.lines = card, []
-
+    samples: [(time, busy share in %, memory in use in MB), ...]; the memory is the card's, of all that run on it.
+    """
     EVERY = 0.25
 
+    def __init__(self, card: str | None):
+        self.card, self.samples, self.process = card, [], None
+
     def __enter__(self):
-        self.process, self.begin = None, time.time()
         if self.card is not None:
-            self.file = tempfile.TemporaryFile("w+")
-            query = ["nvidia-smi", "-i", self.card, "--query-gpu=utilization.gpu,memory.used",
+            query = ["nvidia-smi", "-i", self.card, "--query-gpu=timestamp,utilization.gpu,memory.used",
                      "--format=csv,noheader,nounits", "-lms", str(int(1000 * self.EVERY))]
+            by_line = ["stdbuf", "-oL"] if shutil.which("stdbuf") else []     # or the last lines stay in its buffer
+            self.file = tempfile.TemporaryFile("w+")
             with contextlib.suppress(OSError):
-                self.process = subprocess.Popen(query, stdout=self.file, stderr=subprocess.DEVNULL)
+                self.process = subprocess.Popen(by_line + query, stdout=self.file, stderr=subprocess.DEVNULL)
         return self
 
     def __exit__(self, *_):
@@ -214,20 +217,25 @@ class Watch:
             self.process.terminate()
             self.process.wait()
             self.file.seek(0)
-            self.lines = [line.split(",") for line in self.file.read().splitlines() if line.count(",") == 1]
+            self.samples = list(filter(None, map(self._sample, self.file.read().splitlines())))
             self.file.close()
+
+    @staticmethod
+    def _sample(line):
+        """Such as "2026/11/25 21:30:00.125, 93, 9120"; None for another ("[N/A]", "No devices were found")."""
+        with contextlib.suppress(ValueError):
+            stamp, share, used = line.split(",")
+            return datetime.strptime(stamp.strip(), "%Y/%m/%d %H:%M:%S.%f").timestamp(), float(share), float(used)
 
     def words(self, rows=()) -> str:
         """The busy share between the first and the last image of `rows`: loading the model is no idling."""
-        if not self.lines:
-            return "device busy: not measured (no nvidia-smi)"
-        busy = [float(share) for share, _ in self.lines]
-        if rows:
-            first = min(row["time"] - row["seconds"].get("infer", 0) for row in rows)
-            last = max(row["time"] for row in rows)
-            busy = busy[int((first - self.begin) / self.EVERY):int((last - self.begin) / self.EVERY) + 1] or busy
+        if not self.samples:
+            return "device busy: not measured (nvidia-smi gave no numbers)"
+        first = min((row["time"] - row["seconds"].get("infer", 0) for row in rows), default=0)
+        last = max((row["time"] for row in rows), default=float("inf"))
+        busy = [share for at, share, _ in self.samples if first <= at <= last] or [x[1] for x in self.samples]
         return (f"device busy {np.mean(busy):.0f} % of the time (nvidia-smi), "
-                f"at most {max(float(used) for _, used in self.lines):,.0f} MB on it")
+                f"at most {max(used for _, _, used in self.samples):,.0f} MB on it")
 
 
 def random_pipeline(folder: Path, like="sd15") -> Path:
@@ -273,15 +281,15 @@ def _edits(folder, count, steps, device, model, dtype, say):
 @contextlib.contextmanager
 def _only(card):
     """All workers on this one card."""
-    old = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if card is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = card
+    seen = engines.on_card(card)
+    old = {name: os.environ[name] for name in seen if name in os.environ}
+    os.environ.update(seen)
     try:
         yield
     finally:
-        if card is not None:
-            os.environ.pop("CUDA_VISIBLE_DEVICES")
-            os.environ.update({} if old is None else {"CUDA_VISIBLE_DEVICES": old})
+        for name in seen:
+            os.environ.pop(name)
+        os.environ.update(old)
 
 
 # ---------------------------------------------------------------- all of it

@@ -20,7 +20,9 @@ from typing import NamedTuple
 
 from lib import batch
 from lib.batch import BROKEN, DONE, NO_OUTPUT, NO_START, STOPPED, USAGE
-from lib.jobs import FINAL, Job, OutputError, Refused, open_job, write_atomic
+from lib.jobs import FINAL, Job, OutputError, Refused, is_manifest_row, open_job, parse_rows, temp_name, write_atomic
+
+NO_USE = (NO_START, USAGE)          # exit codes of a worker that would end the same way again
 
 
 class Card(NamedTuple):
@@ -55,53 +57,52 @@ def gpus() -> list[str]:
 
 class Worker:
     """One worker process that is started again when it dies."""
-    TRIES = 8                   # deaths in a row without one new row
+    TRIES = 8                   # deaths in a row without one new row of its own
 
     def __init__(self, job, plan, index, count, cards):
         self.job, self.plan, self.index, self.count = job, plan, index, count
         self.card = cards[index % len(cards)] if cards else None
-        self.deaths, self.rows, self.wake, self.code, self.process = 0, -1, 0.0, None, None
-        self.watched = 0.0
+        self.deaths, self.wake, self.code, self.process, self.watched = 0, 0.0, None, None, 0.0
         self.log = job.folder / "log" / f"worker-{socket.gethostname()}-{index}.log"
 
-    def start(self):
+    def environment(self) -> dict:
         from lib import setup
-        options, threads = self.plan.options, max(1, setup.cpus() // self.count)
-        device = self.plan.device if self.plan.device != "auto" else "cuda" if self.card is not None else "cpu"
-        here = str(Path(__file__).resolve().parent.parent)
+        here, threads = str(Path(__file__).resolve().parent.parent), max(1, setup.cpus() // self.count)
         path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
         env = {**os.environ, "OMP_NUM_THREADS": "1" if self.plan.pin else str(threads), "PYTHONPATH": path,
                "TOKENIZERS_PARALLELISM": "false"}
-        if self.card is not None:
-            env["CUDA_VISIBLE_DEVICES"] = self.card
+        return env | on_card(self.card)
+
+    def start(self):
+        device = self.plan.device if self.plan.device != "auto" else "cuda" if self.card is not None else "cpu"
         command = [sys.executable, "-m", "lib.batch", "worker", str(self.job.folder), "--index", str(self.index),
                    "--of", str(self.count), "--device", device, "--parent", str(os.getpid()), "--root",
                    self.job.facts["root"], "--pin", str(self.index if self.plan.pin else -1)]
-        for name, value in asdict(options).items():
+        for name, value in asdict(self.plan.options).items():
             command += [] if name == "parent" else [f"--{name.replace('_', '-')}", str(value)]
         self.log.parent.mkdir(exist_ok=True)
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                            start_new_session=True)
+            self.process = subprocess.Popen(command, env=self.environment(), stdin=subprocess.DEVNULL, stdout=log,
+                                            stderr=log, start_new_session=True)
 
-    def poll(self, rows: int) -> bool:
-        """True while it runs, or will run again."""
+    def poll(self, progress) -> bool:
+        """True while it runs, or will run again. progress.made: rows by process, to tell a mishap from a habit."""
         if self.process is None:
-            if time.time() >= self.wake:
+            if time.monotonic() >= self.wake:
                 self.start()
             return True
-        code = self.process.poll()
+        code, pid = self.process.poll(), self.process.pid
         if code is None:
             return True
         self.process = None
-        if code in (DONE, STOPPED, NO_OUTPUT, NO_START, USAGE):
+        if code in (DONE, STOPPED, NO_OUTPUT, *NO_USE):
             self.code = code
             return False
-        self.deaths, self.rows = (1 if rows > self.rows else self.deaths + 1), rows
+        self.deaths = 1 if progress.made[f"{socket.gethostname()}-{pid}"] else self.deaths + 1
         if self.deaths >= self.TRIES:
             self.code = BROKEN
             return False
-        self.wake = time.time() + min(30, 0.1 * 2 ** self.deaths)
+        self.wake = time.monotonic() + min(30, 0.1 * 2 ** self.deaths)
         return True
 
     def last_words(self) -> str:
@@ -114,54 +115,83 @@ class Worker:
             self.process.send_signal(number)
 
 
+def on_card(card) -> dict:
+    """Environment in which a process sees this card alone. nvidia-smi counts cards by their place on the bus, CUDA by
+    their speed unless it is told otherwise."""
+    if card is None:
+        return {}
+    order = {} if "CUDA_VISIBLE_DEVICES" in os.environ else {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    return order | {"CUDA_VISIBLE_DEVICES": card}
+
+
 def local(job, plan, progress, stopped) -> int:
     """One process a device. A worker that dies is started again; the others do not notice."""
     cards = gpus() if plan.device in ("auto", "cuda") else []
     count = plan.workers or max(1, len(cards))
     crew = [Worker(job, plan, index, count, cards) for index in range(count)]
-    running, told = list(crew), 0
+    running, told, end = list(crew), 0, time.monotonic() + (plan.max_seconds or 1e12)
     try:
         while running:
+            if time.monotonic() > end and not stopped:            # the workers look at the clock, which may be set back
+                stopped.append(signal.SIGTERM)
             if len(stopped) > told:
                 told = len(stopped)
                 for worker in running:
                     worker.signal(signal.SIGTERM if told == 1 else signal.SIGKILL)
-            rows = progress.poll()
-            running = [w for w in running if not (stopped and w.process is None) and w.poll(rows)]
-            for worker in running:
-                _watch(job, worker, plan.options.lease)
-            codes = {w.code for w in crew}
-            if codes & {NO_OUTPUT, NO_START, USAGE}:              # no worker will do better
+            progress.poll()
+            running = _still_running(job, plan, running, progress, stopped)
+            if any(w.code == NO_OUTPUT for w in crew):            # no worker will do better
                 for worker in running:
                     worker.signal(signal.SIGTERM)
                 _wait_for(running)
-                bad = next(w for w in crew if w.code in (NO_OUTPUT, NO_START, USAGE))
-                raise (OutputError if bad.code == NO_OUTPUT else Refused)(bad.last_words())
+                raise OutputError(next(w for w in crew if w.code == NO_OUTPUT).last_words())
             time.sleep(0.25)
     finally:
         for worker in running:                                    # an exception here: leave no orphans
             worker.signal(signal.SIGTERM)
-    if all(w.code == BROKEN for w in crew):
-        print(f"every worker died {Worker.TRIES} times in a row; the last words of one ({crew[0].log}):\n"
-              f"{crew[0].last_words()}", file=sys.stderr)
-    return BROKEN if any(w.code == BROKEN for w in crew) else DONE
+    return _outcome(crew)
+
+
+def _still_running(job, plan, running, progress, stopped) -> list:
+    """The workers that are not over; a word about those that end badly while others go on."""
+    left = [w for w in running if not (stopped and w.process is None) and w.poll(progress)]
+    for worker in running:
+        if worker not in left and worker.code in (BROKEN, *NO_USE) and left:
+            print(f"worker {worker.index} is of no use ({worker.log}); the others go on. Its last words:\n"
+                  f"{worker.last_words()}", file=sys.stderr)
+    for worker in left:
+        _watch(job, worker, plan.options.lease)
+    return left
+
+
+def _outcome(crew) -> int:
+    """The exit code of a run whose workers are all over. Refused: none of them could even start."""
+    if all(w.code in NO_USE for w in crew):
+        raise Refused(crew[0].last_words())
+    if all(w.code in (BROKEN, *NO_USE) for w in crew):
+        broken = next(w for w in crew if w.code == BROKEN)
+        print(f"every worker died {Worker.TRIES} times in a row; the last words of one ({broken.log}):\n"
+              f"{broken.last_words()}", file=sys.stderr)
+    return BROKEN if any(w.code in (BROKEN, *NO_USE) for w in crew) else DONE
 
 
 def _wait_for(workers, seconds=30):
-    end = time.time() + seconds
-    while any(w.process and w.process.poll() is None for w in workers) and time.time() < end:
+    end = time.monotonic() + seconds
+    while any(w.process and w.process.poll() is None for w in workers) and time.monotonic() < end:
         time.sleep(0.1)
 
 
 def _watch(job, worker, lease):
     """Kill a worker that holds a claim without a sign of life: it hangs."""
-    if not worker.process or time.time() - worker.watched < 5:
+    if not worker.process or time.monotonic() - worker.watched < 5:
         return
-    worker.watched = time.time()
+    worker.watched = time.monotonic()
     for path in (job.folder / "claims").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):
             mine = path.read_text().split()[1] == str(worker.process.pid)
             if mine and time.time() - path.stat().st_mtime > lease:
+                print(f"worker {worker.index} has given no sign of life for {lease:.0f} s and is started again. Where one "
+                      f"batch may take so long, say --lease.", file=sys.stderr)
                 worker.signal(signal.SIGKILL)
 
 
@@ -178,13 +208,18 @@ def ray(job, plan, progress, stopped) -> int:
         cluster.init(address=plan.address or None, log_to_driver=False, **alone)
     have = cluster.cluster_resources()
     cards = int(have.get("GPU", 0)) if plan.device in ("auto", "cuda") else 0
+    if plan.device == "cuda" and not cards:
+        raise Refused("This Ray cluster has no GPU; --device cpu works without.")
     width = plan.workers or cards or max(1, int(have.get("CPU", 1)))
-    options = asdict(plan.options) | {"parent": 0, "stop_file": str(job.folder / f".stop.{os.getpid()}.tmp")}
-    task = cluster.remote(num_cpus=1, num_gpus=min(1, cards / width) if cards else 0, max_retries=0,
+    options = asdict(plan.options) | {"parent": 0, "stop_file": str(job.folder.resolve() / temp_name("stop"))}
+    task = cluster.remote(num_cpus=1, num_gpus=share_of_card(width, cards), max_retries=0,
                       runtime_env={"env_vars": {"PYTHONPATH": root}})(ray_shard)
     waiting, running, tries = deque(job.pending()), {}, Counter()
+    end = time.monotonic() + (plan.max_seconds or 1e12)
     try:
         while (waiting or running) and not (stopped and not running):
+            if time.monotonic() > end and not stopped:
+                stopped.append(signal.SIGTERM)
             while waiting and len(running) < width and not stopped:
                 number = waiting.popleft()
                 device = "cuda" if cards else "cpu"
@@ -201,6 +236,11 @@ def ray(job, plan, progress, stopped) -> int:
     finally:
         Path(options["stop_file"]).unlink(missing_ok=True)
     return DONE
+
+
+def share_of_card(workers, cards) -> float:
+    """What Ray gives each worker: so much that all of them fit (3 workers on 2 cards: halves, for 2/3 fits once)."""
+    return 1 / max(1, -(-workers // cards)) if cards else 0
 
 
 @contextlib.contextmanager
@@ -307,8 +347,8 @@ class Progress:
 
     def __init__(self, job: Job, quiet=False):
         self.job, self.done, self.open, self.read = job, {}, defaultdict(dict), {}
-        self.counts, self.last_write, self.samples = Counter(), 0.0, deque(maxlen=120)
-        self.total, self.seen = len(job.items), -1.0
+        self.made, self.written, self.samples = Counter(), -9.0, deque(maxlen=120)
+        self.total, self.seen = len(job.items), -9.0
         self.poll(first=True)
         self.bar = None
         if not quiet:
@@ -321,12 +361,12 @@ class Progress:
 
     def poll(self, first=False) -> int:
         """Look at most once a second; returns the number of inputs with a final row."""
-        if time.time() - self.seen < 1 and not first:
+        if time.monotonic() - self.seen < 1 and not first:
             return self.rows()
-        self.seen = time.time()
+        self.seen = time.monotonic()                              # the clock may be set while it runs
         with contextlib.suppress(FileNotFoundError):
             for entry in os.scandir(self.job.folder / "manifest"):
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, ValueError, KeyError):      # half-written, or swept meanwhile
                     self._look(entry)
         self.samples.append((self.seen, self.rows()))
         if not first:
@@ -348,10 +388,11 @@ class Progress:
                 whole = new[:new.rfind(b"\n") + 1]
                 self.read[key] = self.read.get(key, 0) + len(whole)
                 best = self.open[shard]
-                for row in map(json.loads, whole.splitlines()):
+                for row in filter(is_manifest_row, parse_rows(whole)):
                     if row["status"] != "start":
                         now = (row["attempt"], row["status"] in FINAL)
                         best[row["id"]] = max(best.get(row["id"], now), now)
+                        self.made[row.get("worker")] += bool(row.get("seconds"))      # not what it gave up unseen
 
     def rate(self) -> float:
         """Images a second over the last two minutes."""
@@ -362,16 +403,16 @@ class Progress:
         rows, rate = self.rows(), self.rate()
         if self.bar is not None:
             self.bar.update(rows - self.bar.n)
-        if self.seen - self.last_write > 5:
-            self.last_write = self.seen
+        if self.seen - self.written > 5:
+            self.written = self.seen
             left = (self.total - rows) / rate if rate else None
             state = {"done": rows, "total": self.total, "images_per_second": round(rate, 3), "seconds_left": left,
-                     "time": self.seen}
+                     "time": time.time()}
             with contextlib.suppress(OutputError):                # the workers will say so
                 write_atomic(self.job.folder / "status.json", json.dumps(state).encode())
 
     def close(self):
-        self.seen = self.last_write = -9.0
+        self.seen = self.written = -9.0
         self.poll()
         if self.bar is not None:
             self.bar.close()

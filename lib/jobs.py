@@ -36,6 +36,7 @@ FINAL = ("ok", "bad_input", "nan", "oom", "error")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 DEPTHS = (".png", ".npy", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+STEP = 0.1                  # seconds between the frames of a video, where nobody says
 LEASE = 600.0               # seconds without a sign of life before another machine takes a claim over
 
 
@@ -69,10 +70,15 @@ def writing(path):
                           f"nothing finished is lost.") from error
 
 
+def temp_name(name: str) -> str:
+    """Of a file that is being written: host and process are in it, so that `sweep` knows whose it is."""
+    return f".{name[-60:]}.{socket.gethostname()}.{os.getpid()}.tmp"
+
+
 def write_atomic(path: Path | str, data: bytes):
     """The whole file or nothing: temp file beside it, fsync, rename. OutputError when that is impossible."""
     folder, name = os.path.split(path)
-    temp = os.path.join(folder, f".{name[-60:]}.{os.getpid()}.tmp")
+    temp = os.path.join(folder, temp_name(name))
     with writing(path):
         try:
             with open(temp, "wb") as file:
@@ -99,14 +105,22 @@ def sync_folder(folder):
 def read_rows(path: Path) -> list[dict]:
     """The rows of a .jsonl file; a last line torn by a crash is dropped. No file: no rows."""
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        return parse_rows(Path(path).read_bytes())
     except FileNotFoundError:
         return []
+
+
+def parse_rows(data: bytes) -> list[dict]:
+    """Rows from the text of a .jsonl file; what a crash or a power cut has damaged is dropped."""
     rows = []
-    for line in lines[:-1]:
+    for line in data.split(b"\n")[:-1]:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def is_manifest_row(row: dict) -> bool:
+    return row.keys() >= {"id", "status", "attempt"}
 
 
 def _lines(rows) -> bytes:
@@ -162,10 +176,10 @@ def list_inputs(source, depth="", limit=0) -> tuple[list[dict], int]:
                     others += not (depth and Path(name).suffix.lower() in DEPTHS)
     elif source.is_file():
         root = source.parent
-        listed = source.read_text(encoding="utf8", errors="surrogateescape")
-        found = [root / line for line in listed.splitlines() if line]
+        listed = source.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n")
+        found = [root / line.rstrip("\r") for line in listed if line.strip()]
     else:
-        raise Refused(f"There is no input at {source}: give a folder of pictures, a list of paths, or a video.")
+        _refuse_no_source(source)
     items = [_item(path, root, depth) for path in sorted(set(found), key=str)]
     if not items:
         raise Refused(f"No pictures in {source} (names ending in {', '.join(PICTURES)}).")
@@ -244,48 +258,91 @@ def open_job(folder) -> Job:
     facts = read_json(folder / "run.json")
     if not facts:
         raise Refused(f"{folder} holds no job (no run.json): start one with `run {folder} --input ...`.")
-    return Job(folder, facts, read_rows(folder / "inputs.jsonl"))
+    job = Job(folder, facts, read_rows(folder / "inputs.jsonl"))
+    if _list_hash(job.items) != facts["fingerprint"]["inputs"]:
+        raise Refused(f"{folder / 'inputs.jsonl'} is damaged: it is no more the list of {facts['count']:,} inputs that "
+                      f"this job began with. Put the file back, or start again in a new folder.")
+    return job
 
 
 def open_or_create(folder, source="", process="", settings=None, shard_size=0, pack="", depth="", limit=0,
-                   step=0.1) -> Job:
+                   step=0.0) -> Job:
     """Continue the job in `folder`, or start one there.
 
     Only what is given is compared with the job; what differs is refused, with both values. `source` may have moved:
-    the list of its files must still be the same. step: seconds between frames of a video.
+    the list of its files must still be the same. step: seconds between frames of a video; 0: 0.1.
     """
-    folder = Path(folder)
-    if (folder / "run.json").is_file():
-        return _continued(open_job(folder), source, process, settings or {}, shard_size, pack, depth, limit)
-    if not str(source):
-        raise Refused(f"{folder} holds no job yet: say what to work on with --input.")
-    if folder.is_dir() and any(p.name not in ("frames", "inputs.jsonl") and not p.name.endswith(".tmp")
-                               for p in folder.iterdir()):
+    folder, settings = Path(folder), settings or {}
+    for name, number in (("shard size", shard_size), ("limit", limit), ("step", step)):
+        if number < 0:
+            raise Refused(f"The {name} is {number}; it must not be negative (0: the usual).")
+    if folder.exists() and not folder.is_dir():
+        raise Refused(f"{folder} is no folder.")
+    if not (folder / "run.json").is_file():
+        if not str(source):
+            raise Refused(f"{folder} holds no job yet: say what to work on with --input.")
+        made = _create(folder, source, process or "edit", settings, shard_size, pack, depth, limit, step)
+        if made:
+            return made
+    return _continued(open_job(folder), source, process, settings, shard_size, pack, depth, limit, step)
+
+
+def _create(folder, source, process, settings, shard_size, pack, depth, limit, step) -> Job | None:
+    """A new job; None when somebody else made one here meanwhile."""
+    ours = ("frames", "inputs.jsonl", "claims")
+    if folder.is_dir() and any(p.name not in ours and not p.name.endswith(".tmp") for p in folder.iterdir()):
+        if (folder / "run.json").is_file():
+            return None
         raise Refused(f"{folder} is not empty and holds no job: give a new folder.")
-    process = process or "edit"
     kind = load_processor(process)
-    settings = kind.complete(settings or {})
+    settings = kind.complete(settings)
+    _refuse_no_source(source)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    root, items = _frozen(folder, source, depth, limit, step)
-    shard_size = shard_size or (128 if len(items) >= 2048 else max(8, -(-len(items) // 16)))
-    listed = _lines(items)
-    fingerprint = {"processor": process.rpartition("/")[2], "inputs": _list_hash(items), "shard_size": shard_size,
-                   "pack": pack or "files", **kind.identity(settings),
-                   **{f"settings.{k}": v for k, v in settings.items()}}
-    facts = {"processor": process, "settings": settings, "fingerprint": fingerprint, "root": str(root),
-             "created": time.strftime("%Y-%m-%d %H:%M:%S"), "count": len(items)}
-    write_atomic(folder / "inputs.jsonl", listed)
-    write_atomic(folder / "run.json", json.dumps(facts, indent=1).encode())
+    claim = None
+    while claim is None:                # the first shard's claim is the right to make the job: two may start at once
+        claim = Claim.take(folder / "claims" / "00000")
+        if (folder / "run.json").is_file():
+            if claim:
+                claim.release()
+            return None
+        time.sleep(0 if claim else 0.2)
+    try:
+        root, items = _frozen(folder, source, depth, limit, step)
+        shard_size = shard_size or (128 if len(items) >= 2048 else max(8, -(-len(items) // 16)))
+        fingerprint = {"processor": process.rpartition("/")[2], "inputs": _list_hash(items), "shard_size": shard_size,
+                       "pack": pack or "files", **kind.identity(settings),
+                       **{f"settings.{k}": v for k, v in settings.items()}}
+        facts = {"processor": process, "settings": settings, "fingerprint": fingerprint, "root": str(root),
+                 "created": time.strftime("%Y-%m-%d %H:%M:%S"), "count": len(items)}
+        write_atomic(folder / "inputs.jsonl", _lines(items))
+        write_atomic(folder / "run.json", json.dumps(facts, indent=1).encode())
+    finally:
+        claim.release()
+        for emptied in (folder / "claims", folder):               # a refusal leaves nothing behind
+            with contextlib.suppress(OSError):
+                emptied.rmdir()
     return Job(folder, facts, items)
+
+
+def _refuse_no_source(source):
+    if not Path(source).exists():
+        raise Refused(f"There is no input at {source}: give a folder of pictures, a list of paths, or a video.")
+
+
+def _is_video(source) -> bool:
+    return Path(source).suffix.lower() in VIDEOS and not Path(source).is_dir()
 
 
 def _frozen(folder, source, depth, limit, step):
     """(root, items); of a video, its frames, which are written into the job's folder first."""
     path = Path(source)
-    if path.suffix.lower() in VIDEOS:
+    if _is_video(path):
         from lib import video
-        path = video.extract(path, folder / "frames", step)
+        try:
+            path = video.extract(path, folder / "frames", step or STEP)
+        except ValueError as error:
+            raise Refused(str(error)) from error
     items, others = list_inputs(path, depth, limit)
     if others:
         print(f"Left out in {path}, because not named like pictures: {others}.")
@@ -293,24 +350,49 @@ def _frozen(folder, source, depth, limit, step):
 
 
 def _list_hash(items) -> str:
-    text = "".join(f"{item['id']}\0{item['bytes']}\0{'depth' in item}\n" for item in items)
+    text = "".join(f"{item.get('id')}\0{item.get('bytes')}\0{'depth' in item}\n" for item in items)
     return hashlib.sha256(text.encode("utf8", "surrogateescape")).hexdigest()[:16]
 
 
-def _continued(job, source, process, settings, shard_size, pack, depth, limit):
-    old, kind = job.facts["fingerprint"], load_processor(process or job.facts["processor"])
+def _continued(job, source, process, settings, shard_size, pack, depth, limit, step):
+    old, kind = dict(job.facts["fingerprint"]), load_processor(process or job.facts["processor"])
     same = (process or job.facts["processor"]).rpartition("/")[2] == old["processor"]
     chosen = kind.complete({**job.facts["settings"], **settings} if same else settings)
     new = {**{k: v for k, v in old.items() if not k.startswith("settings.")}, **kind.identity(chosen)}
     new |= {f"settings.{k}": v for k, v in chosen.items()}
     new |= {"processor": (process or job.facts["processor"]).rpartition("/")[2]}
     new |= {"shard_size": shard_size or old["shard_size"], "pack": pack or old["pack"]}
-    if str(source) and Path(source).is_dir() and str(Path(source).resolve()) != job.facts["root"]:
-        new["inputs"] = _list_hash(list_inputs(source, depth, limit)[0])
+    root = job.facts["root"]
+    if str(source) and _is_video(source):
+        _compare_video(job, Path(source), step, old, new)
+    elif str(source):
+        root = _compare_inputs(job, Path(source), depth, limit, new)
+    if 0 < limit < len(job.items):
+        old["limit"], new["limit"] = len(job.items), limit
     refuse_difference(old, new, job.folder)
-    if new["inputs"] == old["inputs"] and str(source) and Path(source).is_dir():
-        job.facts["root"] = str(Path(source).resolve())         # the same files may lie elsewhere today
+    job.facts["root"] = root                                      # the same files may lie elsewhere today
     return job
+
+
+def _compare_video(job, path, step, old, new):
+    """A video, if it is still here, and the step, if it is given, are those of the frames."""
+    was = (read_rows(job.folder / "frames" / "frames.jsonl") or [{}])[0]
+    now = {"video": path.name, "bytes": path.stat().st_size if path.is_file() else was.get("bytes"),
+           "step": step or was.get("step")}
+    for name, value in now.items():
+        if was.get(name) != value:
+            old[f"frames.{name}"], new[f"frames.{name}"] = was.get(name), value
+
+
+def _compare_inputs(job, path, depth, limit, new) -> str:
+    """Where the inputs lie now. A folder that has not moved is not searched again: the list is frozen."""
+    root = str((path if path.is_dir() else path.parent).resolve())
+    moved = root != job.facts["root"]
+    if moved or path.is_file() or not path.exists():
+        items = list_inputs(path, depth, limit)[0]
+        if moved or [i["id"] for i in items] != [i["id"] for i in job.items]:
+            new["inputs"] = _list_hash(items)
+    return root
 
 
 def refuse_difference(old: dict, new: dict, where):
@@ -358,7 +440,7 @@ class Claim:
 
     def _remove_old(self) -> bool:
         """Only one of several thieves can rename it."""
-        tomb = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        tomb = self.path.with_name(temp_name(self.path.name))
         try:
             os.rename(self.path, tomb)
         except FileNotFoundError:
@@ -425,7 +507,7 @@ class Shard:
 
     def all_rows(self) -> list[dict]:
         files = [self.final] if self.done.exists() else [self.final, *self.parts()]
-        return [row for path in files for row in read_rows(path)]
+        return [row for path in files for row in read_rows(path) if is_manifest_row(row)]
 
     def final_rows(self) -> list[dict]:
         """At most one row for each input, in order: its latest attempt's."""
@@ -448,7 +530,7 @@ class Shard:
         has "closed" in its name; what another one has started and not finished, its worker took into its death.)"""
         many, alone, due = Counter(), Counter(), self.attempts()
         for path in self.parts():
-            for row in [] if ".closed." in path.name else read_rows(path):
+            for row in [] if ".closed." in path.name else filter(is_manifest_row, read_rows(path)):
                 if row["status"] == "start" and row["attempt"] == due[row["id"]]:
                     (alone if row["alone"] else many)[row["id"]] += 1
         return many, alone
@@ -475,7 +557,7 @@ class Shard:
         """Check the count, write the final manifest, then the done mark, then clear away what is not needed."""
         claim.check()
         ordered = [rows[item["id"]] for item in self.items]       # KeyError: an input without a row, which must not be
-        kept = {row["output"] for row in ordered if row["status"] == "ok"}
+        kept = {row["output"] for row in ordered if row["status"] == "ok" and "root" not in row}
         for name in set(os.listdir(self.out)) - kept:
             os.unlink(os.path.join(self.out, name))
         if self.packed:
@@ -515,6 +597,15 @@ class Shard:
             return tar.extractfile(row["output"]).read()
         return None
 
+    def names_in(self, base: Path) -> set:
+        """Names of this shard's pictures in a job's folder, single or packed."""
+        names = set()
+        with contextlib.suppress(OSError):
+            names |= set(os.listdir(base / "out" / self.name))
+        with contextlib.suppress(OSError, tarfile.TarError), tarfile.open(base / "shards" / f"{self.name}.tar") as tar:
+            names |= set(tar.getnames())
+        return names
+
     def reopen(self, statuses) -> int:
         """Give inputs with these statuses another attempt; returns how many. Safe to kill: done mark goes last."""
         rows = self.final_rows()
@@ -524,8 +615,9 @@ class Shard:
         if self.packed and self.done.exists():
             self.out.mkdir(parents=True, exist_ok=True)
             for row in rows:
-                if row["status"] == "ok" and "root" not in row:
-                    write_atomic(self.out / row["output"], self.read_output(row))
+                data = self.read_output(row) if row["status"] == "ok" and "root" not in row else None
+                if data is not None:                              # else it is damaged, and will be made again
+                    write_atomic(self.out / row["output"], data)
         marks = [{"id": row["id"], "status": "retry", "attempt": row["attempt"] + 1} for row in again]
         write_atomic(self.manifest / f"{self.name}.{uuid.uuid4().hex[:12]}.part.jsonl", _lines(marks))
         self.done.unlink(missing_ok=True)
@@ -574,38 +666,46 @@ def adopt(job: Job, roots) -> int:
         for other in earlier:
             theirs = other.shard(number)
             rows = [row for row in theirs.final_rows() if row["id"] not in have]
-            if len(rows) == len(shard.items) and theirs.done.exists():
-                taken += _point_to(shard, theirs, rows, roots)
+            homes = _homes(theirs, rows, roots) if theirs.done.exists() else {}
+            if len(homes) == len(shard.items):
+                taken += _point_to(shard, rows, homes)
                 break
-            taken += _copy_rows(shard, theirs, rows)
-            have |= {row["id"]: row for row in rows}
+            copied = _copy_rows(shard, theirs, rows)
+            taken += len(copied)
+            have |= {row["id"]: row for row in copied}
     return taken
 
 
-def _point_to(shard, theirs, rows, roots) -> int:
+def _homes(theirs, rows, roots) -> dict:
+    """id -> the session that holds its picture: this one, or (in a third session) one that this one pointed to.
+
+    Refused where that one is not here; without an entry where the picture itself is lost."""
+    home, names, homes = theirs.job.folder.resolve(), {}, {}
+    for row in rows:
+        own = "root" not in row
+        places = [home] if own else [Path(row["root"]), home, *(Path(root).resolve() for root in roots)]
+        for place in places:
+            names[place] = names[place] if place in names else theirs.names_in(place)
+        held = [place for place in places if row["status"] != "ok" or row["output"] in names[place]]
+        if not held and not own:
+            raise Refused(f"{row['output']} of {home} lies in {row['root']}, which is not here: give that session too "
+                          f"with --done-root.")
+        homes |= {row["id"]: held[0]} if held else {}
+    return homes
+
+
+def _point_to(shard, rows, homes) -> int:
     with writing(shard.manifest):
         shard.manifest.mkdir(parents=True, exist_ok=True)
-    rows = [{**row, "root": str(_home_of(row, theirs, roots))} for row in rows]
-    write_atomic(shard.final, _lines(rows))
+    write_atomic(shard.final, _lines({**row, "root": str(homes[row["id"]])} for row in rows))
     counts = Counter(row["status"] for row in rows)
     write_atomic(shard.done, json.dumps({"count": len(rows), **counts, "timing": {}}).encode())
     shard.clear()
     return len(rows)
 
 
-def _home_of(row, theirs, roots) -> Path:
-    """The session that holds the picture: this one, or (in a third session) one that this one pointed to."""
-    if "root" not in row:
-        return theirs.job.folder.resolve()
-    places = [Path(row["root"]), *(Path(root).resolve() for root in roots)]
-    held = [p for p in places if (p / "out" / theirs.name).is_dir() or (p / "shards" / f"{theirs.name}.tar").is_file()]
-    if not held:
-        raise Refused(f"shard {theirs.name} of {theirs.job.folder} lies in {row['root']}, which is not here: give that "
-                      f"session too with --done-root.")
-    return held[0]
-
-
-def _copy_rows(shard, theirs, rows) -> int:
+def _copy_rows(shard, theirs, rows) -> list[dict]:
+    """Copy what is whole of a shard's rows and their pictures; returns the rows that came over."""
     copied = []
     shard.prepare()
     for row in rows:
@@ -614,19 +714,18 @@ def _copy_rows(shard, theirs, rows) -> int:
             if data is None or hashlib.blake2b(data, digest_size=12).hexdigest() != row["sha"]:
                 continue
             write_atomic(shard.out / row["output"], data)
-        copied.append(row)
+        copied.append({key: value for key, value in row.items() if key != "root"})
     if copied:
         part = Part(shard)
         part.append(copied, sync=True)
         part.close(calm=True)
-    return len(copied)
+    return copied
 
 
 def sweep(job: Job):
     """Remove temp files whose process is gone, and what finished shards left behind."""
     for path in [*job.folder.glob(".*.tmp"), *job.folder.glob("*/.*.tmp"), *job.folder.glob("*/*/.*.tmp")]:
-        pid = path.name.split(".")[-2]
-        if not (pid.isdigit() and _started(int(pid))):
+        if _left_behind(path):
             path.unlink(missing_ok=True)
     waiting = {f"{number:05d}" for number in job.pending()}
     for path in job.folder.glob("claims/[0-9]*"):
@@ -636,3 +735,13 @@ def sweep(job: Job):
         name = path.name.split(".")[0]
         if name not in waiting and name.isdigit() and (path.suffix or job.facts["fingerprint"]["pack"] == "tar"):
             job.shard(int(name)).clear()
+
+
+def _left_behind(temp: Path) -> bool:
+    """Has the writer of this temp file died? Of another machine's nobody here knows: then it is a matter of age."""
+    pid = temp.name.split(".")[-2]
+    if temp.name.endswith(f".{socket.gethostname()}.{pid}.tmp"):
+        return not (pid.isdigit() and _started(int(pid)))
+    with contextlib.suppress(OSError):
+        return time.time() - temp.stat().st_mtime > LEASE
+    return False

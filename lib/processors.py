@@ -8,6 +8,7 @@ A processor of your own is a subclass of `Processor`, named to lib.batch as "mod
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 from abc import ABC, abstractmethod
@@ -76,6 +77,10 @@ class Processor(ABC):
 
     def free(self):
         """Give memory back after an out-of-memory error."""
+
+    def spare(self) -> bool:
+        """Go on with less memory, if more slowly (the pictures stay the same); False: there is no other way."""
+        return False
 
 
 def to_bytes(picture) -> np.ndarray:
@@ -177,7 +182,10 @@ class Layers(Processor):
         return Output(cut.foreground[0].permute(1, 2, 0).numpy(), facts)
 
     def free(self):
+        import gc
+
         import torch
+        gc.collect()                                              # tensors in circles of references
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -214,7 +222,7 @@ class Edit(Layers):
         # half precision where it pays: large models on CUDA. The mini gains nothing from it.
         self.half = chosen["dtype"] == "float16" or (chosen["dtype"] == "auto" and str(device).startswith("cuda")
                                                     and not Path(chosen["model"]).name.startswith("mini"))
-        self.dtype = torch.float16 if self.half else torch.float32
+        self.dtype, self.bank = torch.float16 if self.half else torch.float32, None
         edit.check_settings("", chosen["mechanism"])
         self.pipe = models.load(chosen["model"], device, self.dtype, quiet=True)
         self.cutout, self.kind, self.origin = edit.read_cutout(chosen["insert"], chosen["model"], chosen["seed"], device)
@@ -247,28 +255,29 @@ class Edit(Layers):
         generator = torch.Generator("cpu").manual_seed(seed)
         with self._precision(precise):
             shot = edit.with_model(shot, self.pipe, chosen["prompt"] or self.words, chosen["mechanism"], generator,
-                                   steps=chosen["steps"])
+                                   steps=chosen["steps"], bank_device=self.bank)
         metrics = {"at": float(place.at), "passes": shot.facts["model"]["unet_passes"], "visible": shot.facts["object"]["visible_share"],
                    "change": shot.facts["model"]["mean_change"], **self.depth_error(shot)}
         return Output(shot.result[0].float().cpu().permute(1, 2, 0).numpy(), metrics)
 
+    def spare(self):
+        """Keep the layers' keys and values (2 to 5 GB for SD 1.5, twice that in float32) in the host's memory."""
+        before, self.bank = self.bank, "cpu"
+        return before is None and str(self.device).startswith("cuda")
+
+    @contextlib.contextmanager
     def _precision(self, precise):
-        """The pipeline in float32 for one picture, then back."""
-        import contextlib
+        """The pipeline in float32 for one picture, then back, whatever happens: half a pipeline of each works for none."""
+        from lib import models
 
-        @contextlib.contextmanager
-        def change():
-            from lib import models
-
-            import torch
+        import torch
+        try:
             if precise and self.half:
                 models._cast(self.pipe, self.device, torch.float32)
-            try:
-                yield
-            finally:
-                if precise and self.half:
-                    models._cast(self.pipe, self.device, self.dtype)
-        return change()
+            yield
+        finally:
+            if precise and self.half:
+                models._cast(self.pipe, self.device, self.dtype)
 
     def depth_error(self, shot) -> dict:
         """depth_rmse and a small map of where the depth is off (24 x 24, for the report)."""

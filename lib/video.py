@@ -8,6 +8,7 @@ at t is the last one with timestamp <= t, as a player does it. Rotation stored i
 """
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -67,6 +68,14 @@ def decoded(path):
         raise ValueError(f"{path.name} holds no frames.")
 
 
+def pixel_aspect(path) -> Fraction:
+    """Width of a pixel over its height, as players show it (old cameras stored pictures squeezed); 1 where nobody says."""
+    import av
+    with contextlib.suppress(av.error.FFmpegError, OSError), av.open(str(path)) as container:
+        return next((Fraction(s.sample_aspect_ratio or 1) for s in container.streams.video), Fraction(1))
+    return Fraction(1)
+
+
 def _reason(error) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0][:80]}" if str(error) else type(error).__name__
 
@@ -93,38 +102,43 @@ def frames(path, step=0.1, max_side=None):
     step = Fraction(str(step))
     if step <= 0:
         raise ValueError(f"step is seconds between frames, more than 0; it is {float(step):g}.")
-    k, first, held, given = 0, None, None, None
+    k, first, held, given, aspect = 0, None, None, None, pixel_aspect(path)
     for t, frame in decoded(path):
         first = t if first is None else first
         while held is not None and first + k * step < t:
-            given = _given(k, step, held, given, max_side)
+            given = _given(k, step, held, given, max_side, aspect)
             yield given
             k += 1
         if held is None or t >= held[0]:                          # timestamps that run backwards are a broken file
             held = (t, frame)
     if first + k * step == held[0]:                               # the last frame lies on the grid
-        yield _given(k, step, held, given, max_side)
+        yield _given(k, step, held, given, max_side, aspect)
 
 
-def _given(k, step, held, before, max_side) -> Frame:
+def _given(k, step, held, before, max_side, aspect) -> Frame:
     t, frame = held
     if before is not None and before.pts == float(t):
         source = before.index if before.dup_of is None else before.dup_of
         return Frame(k, float(k * step), float(t), source, before.image)
-    return Frame(k, float(k * step), float(t), None, _upright(frame, max_side))
+    return Frame(k, float(k * step), float(t), None, _upright(frame, max_side, aspect))
 
 
-def _upright(frame, max_side) -> np.ndarray:
-    """RGB (10-bit is rounded to 8), turned as the file says, not larger than max_side."""
+def _upright(frame, max_side, aspect=1) -> np.ndarray:
+    """RGB (10-bit is rounded to 8), with square pixels, turned as the file says, not larger than max_side."""
     picture = frame.to_ndarray(format="rgb24")
+    if aspect != 1:
+        picture = _resized(picture, (max(1, round(picture.shape[1] * aspect)), picture.shape[0]))
     turns = getattr(frame, "rotation", 0) // 90                   # the sign: a test compares with OpenCV's own turn
     picture = np.ascontiguousarray(np.rot90(picture, k=turns))
     if max_side and max(picture.shape[:2]) > max_side:
-        from PIL import Image
         scale = max_side / max(picture.shape[:2])
-        size = [max(1, round(s * scale)) for s in (picture.shape[1], picture.shape[0])]
-        picture = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+        picture = _resized(picture, [max(1, round(s * scale)) for s in (picture.shape[1], picture.shape[0])])
     return picture
+
+
+def _resized(picture, size) -> np.ndarray:
+    from PIL import Image
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
 
 
 # ---------------------------------------------------------------- files for a batch
@@ -133,27 +147,33 @@ def extract(path, folder, step=0.1, max_side=None) -> Path:
     """Write the frames of a video as PNG and frames.jsonl {index, time, pts, dup_of, file}; returns the folder.
 
     A duplicate gets a line that names the file of the frame it repeats, and no file: a batch need not do it twice.
-    Killed in between it goes on where it was; finished (frames.jsonl is written last) it does nothing.
+    Killed in between it goes on where it was; finished (frames.jsonl is written last) it does nothing. Refused: the
+    folder holds the frames, or some frames, of another video or step.
     """
     from PIL import Image
     folder, rows = Path(folder), []
     source = {"video": Path(path).name, "bytes": Path(path).stat().st_size if Path(path).is_file() else -1,
               "step": float(step), "max_side": max_side}
-    listing = folder / "frames.jsonl"
+    listing, begun = folder / "frames.jsonl", folder / "frames.part.jsonl"
+    head = next((read_rows(path)[:1] for path in (listing, begun) if path.is_file()), [])
+    if head and head[0] != source:
+        raise Refused(f"{folder} holds frames of another video or step; give a new folder.")
     if listing.is_file():
-        if read_rows(listing)[0] != source:
-            raise Refused(f"{folder} holds frames of another video or step; give a new folder.")
+        begun.unlink(missing_ok=True)
         return folder
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     for frame in frames(path, step, max_side):
+        if not rows:                                              # it is a video: now something may be written
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(begun, (json.dumps(source) + "\n").encode())
         name = f"frame{frame.index if frame.dup_of is None else frame.dup_of:06d}.png"
         rows.append({"index": frame.index, "time": frame.time, "pts": frame.pts, "dup_of": frame.dup_of, "file": name})
-        if frame.dup_of is None and not (folder / name).exists():
+        if frame.dup_of is None and not (head and (folder / name).exists()):
             buffer = io.BytesIO()
             Image.fromarray(frame.image).save(buffer, "PNG", compress_level=3)
             write_atomic(folder / name, buffer.getvalue())
     write_atomic(listing, "".join(json.dumps(row) + "\n" for row in [source, *rows]).encode())
+    begun.unlink(missing_ok=True)
     return folder
 
 

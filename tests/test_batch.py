@@ -187,6 +187,85 @@ def test_frames_of_a_video(tmp_path):
     assert all(row["status"] == "ok" for row in job.rows())
 
 
+def test_another_list_limit_or_step_is_refused(tmp_path, source):
+    (source / "some.txt").write_text("im001.png\nim002.png\n")
+    (source / "others.txt").write_text("im001.png\nim003.png\n")
+    new(tmp_path, source / "some.txt", "listed")
+    assert len(new(tmp_path, source / "some.txt", "listed").items) == 2
+    with pytest.raises(Refused, match="inputs: the job has"):
+        new(tmp_path, source / "others.txt", "listed")
+    new(tmp_path, source)
+    with pytest.raises(Refused, match="limit: the job has 20, now it would be 5"):
+        new(tmp_path, source, limit=5)
+    pytest.importorskip("av")
+    walk = ROOT / "data" / "scenes" / "walk.mp4"
+    new(tmp_path, walk, "film", step=2.5)
+    assert new(tmp_path, walk, "film").items == new(tmp_path, walk, "film", step=2.5).items
+    with pytest.raises(Refused, match="frames.step: the job has 2.5, now it would be 1"):
+        new(tmp_path, walk, "film", step=1.0)
+    other = tmp_path / "run.mp4"
+    other.write_bytes(walk.read_bytes() + b"x")
+    with pytest.raises(Refused, match="frames.video: the job has 'walk.mp4', now it would be 'run.mp4'"):
+        new(tmp_path, other, "film")
+
+
+def test_a_list_from_windows(tmp_path, source):
+    (source / "list.txt").write_bytes("\ufeffim004.png\r\nim002.png\r\n\r\n".encode("utf8"))
+    assert [item["id"] for item in new(tmp_path, source / "list.txt").items] == ["im002.png", "im004.png"]
+
+
+def test_a_damaged_list_is_refused(tmp_path, source):
+    listed = new(tmp_path, source).folder / "inputs.jsonl"
+    whole = listed.read_bytes()
+    for damaged in (whole[:400], whole.replace(b"im004", b"im044"), b"5\n{}\n" + whole, b""):
+        listed.write_bytes(damaged)
+        with pytest.raises(Refused, match="no more the list of 20 inputs"):
+            jobs.open_job(tmp_path / "job")
+    listed.write_bytes(whole)
+    assert batch.work(jobs.open_job(tmp_path / "job")) == batch.DONE
+
+
+def test_no_video_leaves_nothing_behind(tmp_path):
+    pytest.importorskip("av")
+    (tmp_path / "x.mp4").write_bytes(b"no film")
+    done = cli("run", tmp_path / "job", "--input", tmp_path / "x.mp4", "--process", "tint")
+    assert done.returncode == batch.USAGE and "cannot be opened as a video" in done.stderr
+    assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.parametrize("amounts", [(0.25, 0.25), (0.25, 0.5)])
+def test_two_that_start_at_once(tmp_path, source, amounts):
+    """One makes the job; the other goes on with it, or is refused: never half of each."""
+    words = [sys.executable, "-m", "lib.batch", "run", str(tmp_path / "job"), "--input", str(source), "--process", "tint",
+             "--shard-size", "4", "--quiet"]
+    pair = [subprocess.Popen([*words, "--set", f"amount={a}"], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for a in amounts]
+    for process in pair:
+        process.communicate(timeout=120)
+    same = len(set(amounts)) == 1
+    assert sorted(p.returncode for p in pair) == [batch.DONE, batch.DONE if same else batch.USAGE]
+    job = jobs.open_job(tmp_path / "job")
+    check_whole(job)
+    assert hashes(job) == hashes_of(tmp_path, source, job.facts["settings"]["amount"])
+
+
+def hashes_of(tmp_path, source, amount):
+    job = new(tmp_path, source, "undisturbed", settings={"amount": amount})
+    batch.work(job)
+    return hashes(job)
+
+
+def test_a_job_whose_maker_was_killed(tmp_path, source):
+    """Its claim lies there, and no run.json: the next one takes over."""
+    code = f"from lib.jobs import Claim; from pathlib import Path; Claim.take(Path({str(tmp_path / 'job/claims/00000')!r}))"
+    (tmp_path / "job").mkdir()
+    subprocess.run([sys.executable, "-c", code], env=ENV, check=True)
+    (tmp_path / "job" / "inputs.jsonl").write_bytes(b"half")
+    job = new(tmp_path, source)
+    assert batch.work(job) == batch.DONE
+    check_whole(job)
+
+
 # ---------------------------------------------------------------- claims
 
 def test_one_of_many_gets_a_claim(tmp_path):
@@ -297,6 +376,30 @@ def test_a_torn_last_line_is_dropped(tmp_path, source):
     check_whole(job)
 
 
+def test_damaged_lines_in_a_manifest_are_passed_over(tmp_path, source):
+    job = new(tmp_path, source)
+    batch.work(job)
+    shard = job.shard(0)
+    shard.done.unlink()
+    (shard.manifest / "00000.x.part.jsonl").write_bytes(b"\0\0\0\n[]\n5\n{}\n" + b'{"id": "im001.png"}\n')
+    assert len(job.rows()) == 20 and engines.Progress(job, quiet=True).rows() == 20
+    assert batch.work(job) == batch.DONE
+    check_whole(job)
+
+
+def test_temp_files_of_the_dead_are_swept_and_of_another_machine_when_old(tmp_path, source):
+    job = new(tmp_path, source)
+    batch.work(job)
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    mine, dead = (jobs.temp_name("a.png"), jobs.temp_name("b.png").replace(str(os.getpid()), gone.stdout.strip()))
+    old, young = ".c.png.elsewhere.1.tmp", f".d.png.elsewhere.{gone.stdout.strip()}.tmp"
+    for name in (mine, dead, old, young):
+        (job.folder / "manifest" / name).touch()
+    os.utime(job.folder / "manifest" / old, (time.time() - jobs.LEASE - 5,) * 2)
+    jobs.sweep(job)
+    assert {p.name for p in (job.folder / "manifest").glob(".*")} == {mine, young}
+
+
 def test_a_missing_picture_is_made_again(tmp_path, source):
     job = new(tmp_path, source)
     batch.work(job)
@@ -396,6 +499,56 @@ def test_nan_in_half_precision_gets_one_try_in_full(tmp_path, source):
     assert rows["im001.png"]["status"] == "ok" and rows["im001.png"]["precise"]
     assert rows["im002.png"]["status"] == "nan" and "NaN" in rows["im002.png"]["message"]
     assert [names for names, precise in calls if precise] == [["im001.png"], ["im002.png"]]
+
+
+def test_whatever_breaks_in_half_precision_gets_one_try_in_full(tmp_path, source):
+    """Numbers beyond half precision may show as an exception (a check in the pipeline) as well as in the picture."""
+    half = lambda n, precise: not precise
+    table = {"im001.png": raising(BadInput("holds NaN"), half), "im002.png": raising(ZeroDivisionError("x"), half),
+             "im003.png": raising(BadInput("nothing is nearer")), "im004.png": raising(MemoryError())}
+    rows, calls = trouble(tmp_path, source, table, batch=4)
+    assert [rows[f"im00{n}.png"]["status"] for n in range(6)] == ["ok", "ok", "ok", "bad_input", "oom", "ok"]
+    assert [rows[f"im00{n}.png"]["precise"] for n in range(6)] == [False, True, True, True, False, False]
+    assert rows["im003.png"]["message"] == "nothing is nearer"
+    assert [names for names, precise in calls if precise] == [["im001.png"], ["im002.png"], ["im003.png"]]
+
+
+def test_a_picture_that_is_too_large_is_done_with_less_memory(tmp_path, source):
+    """`spare` is asked only for a picture alone, and again only while it finds something."""
+    asked = []
+
+    class Sparing(Trouble):
+        def spare(self):
+            asked.append(1)
+            return len(asked) == 1
+    table = {"im005.png": raising(MemoryError(), lambda n, precise: not asked), "im006.png": raising(MemoryError())}
+    job = new(tmp_path, source)
+    kind = type("Now", (Sparing,), {"trouble": table, "calls": []})
+    batch.work(job, batch.Options(batch=4), processor=kind(job.facts["settings"]))
+    rows = {row["id"]: row for row in check_whole(job)}
+    assert rows["im005.png"]["status"] == "ok" and rows["im006.png"]["status"] == "oom" and len(asked) == 2
+    assert sum(row["status"] == "ok" for row in rows.values()) == 19
+
+
+@pytest.mark.parametrize("words, kind", [
+    ("CUDA out of memory. Tried to allocate 2.00 GiB", "oom"), ("CUDA error: out of memory", "oom"),
+    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "oom"),
+    ("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate", "oom"),
+    ("MPS backend out of memory", "oom"), ("Unable to find a valid cuDNN algorithm to run convolution", "oom"),
+    ("CUDA error: device-side assert triggered", "poisoned"), ("CUDA error: an illegal memory access", "poisoned"),
+    ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(`", "poisoned"),
+    ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR", "poisoned"), ("CUDA driver error: unknown error", "poisoned"),
+    ("unspecified launch failure", "poisoned"), ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", "error"),
+])
+def test_errors_of_a_card_are_told_apart(words, kind):
+    assert batch.classify(RuntimeError(words)) == kind
+
+
+def test_torch_s_own_errors_are_told_apart():
+    torch = pytest.importorskip("torch")
+    assert batch.classify(torch.OutOfMemoryError("anything")) == "oom"
+    assert batch.classify(getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: misaligned address")) == "poisoned"
+    assert batch.classify(BadInput("the file is named 'cuda error.png'")) == "bad_input"
 
 
 def test_one_bad_picture_does_not_spoil_its_batch(tmp_path, source):
@@ -557,6 +710,50 @@ def test_a_second_and_a_third_session(tmp_path, source, pack):
         jobs.adopt(other, [first.folder])
 
 
+@pytest.mark.parametrize("pack", ["files", "tar"])
+def test_retry_of_what_an_earlier_session_did(tmp_path, source, pack):
+    """The new picture lies here, the others still there; a third session finds both, and copies stand alone."""
+    clean, first = new(tmp_path, source, "clean", pack=pack), new(tmp_path, source, "first", pack=pack)
+    batch.work(clean)
+    kind = type("Now", (Trouble,), {"trouble": {"im002.png": nan}, "calls": []})
+    batch.work(first, processor=kind(first.facts["settings"]))
+    second = new(tmp_path, source, "second", pack=pack)
+    assert jobs.adopt(second, [first.folder]) == 20 and batch.retry(second, ["nan"]) == 1
+    assert batch.work(second) == batch.DONE
+    third = new(tmp_path, source, "third", pack=pack)
+    assert jobs.adopt(third, [second.folder, first.folder]) == 20
+    begun = new(tmp_path, source, "begun", pack=pack)
+    stop_after(begun, 1)
+    assert jobs.adopt(begun, [second.folder, first.folder]) == 19
+    for job in (second, third, begun):
+        assert hashes(job) == hashes(clean) and batch.status(job, verify=True)["damaged"] == []
+    for other in (first, second):
+        shutil.move(other.folder, tmp_path / f"{other.folder.name}-away")
+    assert batch.status(begun, verify=True)["damaged"] == [f"im{n:03d}.png" for n in range(8, 20)]
+
+
+@pytest.mark.parametrize("pack", ["files", "tar"])
+def test_a_picture_that_an_earlier_session_lost_is_made_again(tmp_path, source, pack):
+    first, second = new(tmp_path, source, "1", pack=pack), new(tmp_path, source, "2", pack=pack)
+    batch.work(first)
+    if pack == "tar":
+        first.shard(0).tar.write_bytes(first.shard(0).tar.read_bytes()[:2000])
+    else:
+        (first.shard(0).out / first.rows()[3]["output"]).unlink()
+    taken = jobs.adopt(second, [first.folder])
+    assert 12 <= taken < 20 and batch.work(second) == batch.DONE
+    assert hashes(second) == hashes(first) and batch.status(second, verify=True)["damaged"] == []
+
+
+def test_retry_where_a_tar_is_gone(tmp_path, source):
+    job = new(tmp_path, source, pack="tar")
+    kind = type("Now", (Trouble,), {"trouble": {"im002.png": nan}, "calls": []})
+    batch.work(job, processor=kind(job.facts["settings"]))
+    job.shard(0).tar.unlink()
+    assert batch.retry(job, ["nan"]) == 1 and batch.work(job) == batch.DONE
+    assert {row["status"] for row in check_whole(job)} == {"ok"}
+
+
 def stop_after(job, count):
     options, seen = batch.Options(batch=1), []
 
@@ -674,6 +871,61 @@ def test_a_worker_that_cannot_start_ends_the_run_at_once(tmp_path, source):
     assert done.returncode == batch.USAGE and "cannot start: RuntimeError: the model is not here" in done.stderr
 
 
+def test_one_worker_that_cannot_start_does_not_stop_the_other(tmp_path, source):
+    (tmp_path / "one.py").write_text(
+        "from lib.processors import Tint\nclass One(Tint):\n    def __init__(self, *a):\n        super().__init__(*a)\n"
+        f"        try: open({str(tmp_path / 'taken')!r}, 'x').close()\n        except FileExistsError: return\n"
+        "        raise RuntimeError('this card is full')\n")
+    done = cli("run", tmp_path / "job", "--input", source, "--process", f"{tmp_path / 'one.py'}:One", "--workers", "2",
+               "--quiet")
+    assert done.returncode == batch.DONE, done.stderr
+    assert "is of no use" in done.stderr and "this card is full" in done.stderr
+    check_whole(jobs.open_job(tmp_path / "job"))
+
+
+def test_a_worker_is_given_up_for_its_own_deaths_alone(tmp_path, source, monkeypatch):
+    """A card that fails each time, beside one that works well: the rows of the other one are no sign of its health."""
+    monkeypatch.setattr(engines.Worker, "start", lambda self: setattr(self, "process", SimpleNamespace(
+        poll=lambda: -9, pid=4711)))
+    worker = engines.Worker(new(tmp_path, source), batch.Plan(batch.Options()), 0, 2, [])
+    progress = SimpleNamespace(made={f"{jobs.socket.gethostname()}-4711": 0}, rows=lambda: 500)
+    for death in range(worker.TRIES):
+        worker.wake = 0.0
+        assert worker.poll(progress)                       # starts it again
+        assert worker.poll(progress) == (death < worker.TRIES - 1)
+    assert worker.code == batch.BROKEN
+    worker.deaths, progress.made = worker.TRIES - 1, {f"{jobs.socket.gethostname()}-4711": 1}
+    worker.start()
+    assert worker.poll(progress) and worker.deaths == 1
+
+
+def test_a_clock_that_is_set_back(tmp_path, source, monkeypatch):
+    job, real = new(tmp_path, source), time.time
+    progress = engines.Progress(job, quiet=True)
+    worker = engines.Worker(job, batch.Plan(batch.Options()), 0, 1, [])
+    worker.wake, started = time.monotonic() + 0.5, []
+    monkeypatch.setattr(worker, "start", lambda: started.append(1))
+    batch.work(job)
+    monkeypatch.setattr(time, "time", lambda: real() - 3600)
+    time.sleep(1.1)
+    assert progress.poll() == 20 and worker.poll(progress) and started
+    slow = slow_job(tmp_path / "slow", 40, 0.2)
+    plan = batch.Plan(batch.Options(batch=1, lease=1e6), 1, max_seconds=3, quiet=True, device="cpu")
+    monkeypatch.setattr(time, "time", lambda: real() + 3600)       # when the deadline is set; the worker's clock is right
+    begin = time.monotonic()
+    assert batch.run(slow, plan) == batch.STOPPED and 2 < time.monotonic() - begin < 30 and slow.pending()
+
+
+def test_cards_are_shared_out(monkeypatch):
+    shares = {(2, 2): 1, (1, 2): 1, (3, 2): 1 / 2, (4, 2): 1 / 2, (5, 2): 1 / 3, (2, 1): 1 / 2, (2, 0): 0}
+    assert {key: engines.share_of_card(*key) for key in shares} == shares
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert engines.on_card(None) == {}
+    assert engines.on_card("1") == {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")      # whoever chose them chose their order too
+    assert engines.on_card("1") == {"CUDA_VISIBLE_DEVICES": "1"}
+
+
 def test_bare_workers_as_in_a_slurm_array(tmp_path):
     job = slow_job(tmp_path, 30, 0.0)
     crew = [subprocess.Popen([sys.executable, "-m", "lib.batch", "worker", str(job.folder), "--index", str(i), "--of", "3"],
@@ -687,6 +939,9 @@ def test_bare_workers_as_in_a_slurm_array(tmp_path):
     (["status", "nowhere"], 2, "holds no job"), (["retry", "nowhere"], 2, "holds no job"),
     (["run", "x", "--set", "amount"], 2, "--set wants NAME=VALUE"), (["fly"], 2, "invalid choice"),
     (["run", "x", "--input", "nothing-there"], 2, "There is no input"),
+    (["run", "x", "--shard-size", "-3"], 2, "-3 is below 0"), (["run", "x", "--workers", "-1"], 2, "-1 is below 0"),
+    (["run", "x", "--max-seconds", "nan"], 2, "no number of seconds"), (["run", "x", "--limit", "two"], 2, "two"),
+    (["run", __file__, "--input", "."], 2, "is no folder"),
 ])
 def test_exit_codes_and_words(tmp_path, words, code, text):
     done = cli(*words, cwd=tmp_path)

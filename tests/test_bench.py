@@ -1,6 +1,8 @@
 """lib.bench: memory from the manifests, counted operations against a real edit, a watched card, and all of it in small."""
 import os
 import stat
+import time
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -46,15 +48,18 @@ def test_counted_operations_are_those_of_a_real_edit(tmp_path):
 
 def test_a_card_is_watched(tmp_path, monkeypatch):
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\nfor n in 1 2; do echo '0, 400'; done\nfor n in 1 2 3 4 5 6 7 8; do echo '90, 9000'; done\nsleep 30\n")
+    lines = [f"2026/11/25 21:30:{at:06.3f}, {busy}, {used}" for at, busy, used in
+             ((1.0, 0, 400), (2.0, 0, 400), (3.0, 90, 9000), (4.5, 80, 8000), (9.0, 10, 400))]
+    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in (*lines, "No devices were found", "x, [N/A], 1"))
+                    + "exec sleep 30\n")
     tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     with bench.Watch("0") as watch:
-        import time
         time.sleep(1)
-    assert watch.words() == "device busy 72 % of the time (nvidia-smi), at most 9,000 MB on it"
-    rows = [{"time": watch.begin + 0.9, "seconds": {"infer": 0.3}}, {"time": watch.begin + 2.1, "seconds": {}}]
-    assert watch.words(rows).startswith("device busy 90 %")       # the first samples lie before the first image
+    assert watch.words() == "device busy 36 % of the time (nvidia-smi), at most 9,000 MB on it"
+    begin = datetime(2026, 11, 25, 21, 30).timestamp()
+    rows = [{"time": begin + 3.1, "seconds": {"infer": 0.3}}, {"time": begin + 5.0, "seconds": {}}]
+    assert watch.words(rows).startswith("device busy 85 %")       # loading and the end do not count
     with bench.Watch(None) as watch:
         pass
     assert "not measured" in watch.words()

@@ -117,6 +117,23 @@ def rotate_metadata(path, out, degrees):
     return out
 
 
+def test_pixels_that_are_not_square(tmp_path):
+    """Stored at half its width, as some cameras do: given as a player shows it."""
+    path = tmp_path / "squeezed.mp4"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(2)
+        for k in range(3):
+            frame = av.VideoFrame.from_ndarray(numbered(5 + k), format="rgb24")
+            frame.pts = k
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    assert [(f.image.shape, number(f.image)) for f in video.frames(path)] == [((64, 192, 3), 5 + k) for k in range(3)]
+    assert next(video.frames(path, max_side=48)).image.shape == (16, 48, 3)
+    assert video.pixel_aspect(tmp_path / "nothing.mp4") == 1
+
+
 def test_ten_bits(tmp_path):
     ramp = np.linspace(0, 255, 128).astype(np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2)
     got = next(video.frames(video.write(tmp_path / "deep.mp4", [ramp] * 2, [0, 0.1], bit_depth=10)))
@@ -175,13 +192,37 @@ def test_extract_writes_each_source_frame_once_and_goes_on(tmp_path, clip):
     for row in rows[::7]:
         assert number(np.asarray(Image.open(folder / row["file"]))) == number(list(video.frames(clip[0]))[row["index"]].image)
     before = {p.name: p.stat().st_mtime_ns for p in files}
-    (folder / "frames.jsonl").unlink()
+    (folder / "frames.jsonl").rename(folder / "frames.part.jsonl")
     files[3].unlink()
     video.extract(clip[0], folder)
     after = {p.name: p.stat().st_mtime_ns for p in sorted(folder.glob("*.png"))}
     assert after.keys() == before.keys() and sum(after[n] != before[n] for n in after) == 1
     with pytest.raises(jobs.Refused, match="another video or step"):
         video.extract(clip[0], folder, step=0.2)
+
+
+def test_half_of_the_frames_of_another_step_are_not_taken_for_this_one_s(tmp_path, clip, monkeypatch):
+    """Killed at step 0.1 and begun again at 0.5: frame000001.png would be the wrong one."""
+    real, calls = video.write_atomic, []
+
+    def killed(path, data):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        real(path, data)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(video, "write_atomic", killed)
+        video.extract(clip[0], tmp_path / "f")
+    with pytest.raises(jobs.Refused, match="another video or step"):
+        video.extract(clip[0], tmp_path / "f", step=0.5)
+    (tmp_path / "f" / "frame000001.png").write_bytes(b"kept")       # the same step goes on where it was
+    video.extract(clip[0], tmp_path / "f")
+    assert (tmp_path / "f" / "frame000001.png").read_bytes() == b"kept"
+    assert not (tmp_path / "f" / "frames.part.jsonl").exists() and video.read_frames(tmp_path / "f")
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / "frame000001.png").write_bytes(b"whose?")     # nobody says of what video it is
+    video.extract(clip[0], tmp_path / "g", step=0.5)
+    assert (tmp_path / "g" / "frame000001.png").read_bytes() != b"whose?"
 
 
 def test_memory_does_not_grow_with_the_length(tmp_path):
