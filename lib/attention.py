@@ -24,8 +24,8 @@ import torch.nn.functional as F
 def attention(q, k, v, bias=None, return_weights=False):
     """softmax(Q K^T / sqrt(d)) V: q (..., Nq, d), k (..., Nk, d), v (..., Nk, dv) -> (..., Nq, dv).
 
-    bias: added to the scores before the softmax (-inf forbids a key). Equal to SDPA. Half precision is worked out
-    in float32, as SDPA does inside: q . k passes float16's 65504 easily. The answer has q's dtype.
+    bias: added to the scores before the softmax (-inf forbids a key). Equal to SDPA. Half precision is worked
+    out in float32, as SDPA does inside: q . k passes float16's 65504 easily. The answer has q's dtype.
     """
     dtype = q.dtype
     if dtype in (torch.float16, torch.bfloat16):
@@ -52,7 +52,8 @@ def cost(tokens, heads, head_width, keys=None) -> dict:
     """What one attention layer has to hold and do for one picture, projections not counted.
 
     tokens: queries; keys: tokens they look at (as many by default, as in self-attention; 77 words in SD's
-    cross-attention). Returns {"scores": numbers in all score matrices, "multiply_adds": of Q K^T and of weights V}.
+    cross-attention). Returns {"scores": numbers in all score matrices, "multiply_adds": of Q K^T and of
+    weights V}.
     """
     scores = heads * tokens * (tokens if keys is None else keys)
     return {"scores": scores, "multiply_adds": 2 * scores * head_width}
@@ -85,7 +86,7 @@ def block_fractions(unet) -> dict:
 
 
 def grid(layer, size) -> tuple:
-    """Rows and columns of a layer's tokens for a latent of size (h, w): each halving rounds up, as the U-Net's does."""
+    """Rows and columns of a layer's tokens for a latent of size (h, w): halvings round up, as there."""
     halvings = round(math.log2(1 / layer.fraction))
     return tuple(math.ceil(side / 2**halvings) for side in size)
 
@@ -135,8 +136,8 @@ def select(unet, which="all", kind="self") -> list:
 class Bank:
     """Recorded tensors: `store[(timestep, layer name)]` = {"k": (B, N, C), "v": ...}, heads not split.
 
-    B is the number of pictures in the recorded calls. `bytes` says how much memory it takes. size: the latent's
-    (h, w), from which `attention_map` knows each layer's grid.
+    B is the number of pictures in the recorded calls. `bytes` says how much memory it takes. size: the
+    latent's (h, w), from which `attention_map` knows each layer's grid.
     """
 
     names: list
@@ -164,11 +165,12 @@ def attention_map(bank, layer, t, query=None, key=None) -> torch.Tensor:
     """Recorded weights ("w") of one layer as maps over its grid: (B, heads, h, w).
 
     query: a token; where does this place look? (self-attention; each map sums to 1).
-    key: a token; which places look at it? (a word, in cross-attention; at each place the sum over all words is 1).
-    Raises ValueError when the bank holds no weights, or unless exactly one of query and key is given.
+    key: a token; which places look at it? (a word, in cross-attention; at each place the sum over all words
+    is 1). Raises ValueError when the bank holds no weights, or unless exactly one of query and key is given.
     """
     if (query is None) == (key is None):
-        raise ValueError("Give either query= (where does this place look?) or key= (which places look at it?).")
+        raise ValueError("Give either query= (where does this place look?) or key= (which places look at "
+                         "it?).")
     parts = bank.at(t, layer.name)
     if "w" not in parts:
         raise ValueError(f'The bank holds only {sorted(parts)}; record with what="w" to see the weights.')
@@ -208,7 +210,8 @@ class TapProcessor:
                 f"{self.name} got text features: the tap belongs on self-attention (attn1) only."
             )
         if self.cross and encoder_hidden_states is None:
-            raise RuntimeError(f"{self.name} got no text features: this tap belongs on cross-attention (attn2).")
+            raise RuntimeError(f"{self.name} got no text features: this tap belongs on cross-attention "
+                               "(attn2).")
         self.calls += 1
         x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
         grid = x.shape
@@ -365,13 +368,14 @@ def check_masks(masks, sources) -> torch.Tensor:
 
 
 class _Shares:
-    """How much of each source a layer's tokens take: masks pooled to its grid, times its strength; made once a layer."""
+    """How much of each source a layer's tokens take: the masks on its grid, times its strength; made once."""
 
     def __init__(self, unet, chosen, mask, strength, clock):
         known = {layer.fraction for layer in layers(unet)}
         each = strength if isinstance(strength, dict) else dict.fromkeys(known, strength)
         if set(each) - known:
-            raise ValueError(f"strength names {sorted(each)}; this U-Net works at the fractions {sorted(known)}.")
+            raise ValueError(f"strength names {sorted(each)}; this U-Net works at the fractions "
+                             f"{sorted(known)}.")
         if any(not 0 <= s <= 1 for s in each.values()):
             raise ValueError(f"strength must lie in [0, 1], not {strength}.")
         self.layers, self.strength = {layer.name: layer for layer in chosen}, each
@@ -392,10 +396,11 @@ class _Shares:
 
 
 def _sources(source, t, name, k, v) -> tuple:
-    """Keys and values (S, N, C) of the pictures that lead: the first of the call, or the bank's at this timestep."""
+    """Keys and values (S, N, C) of the pictures that lead: the call's first, or the bank's at this time."""
     if isinstance(source, int):
         if len(k) <= source:
-            raise ValueError(f"The U-Net call holds {len(k)} pictures, {source} of them sources: none is left.")
+            raise ValueError(f"The U-Net call holds {len(k)} pictures, {source} of them sources: none is "
+                             "left.")
         return k[:source], v[:source]
     kept = source.at(t, name)
     if "k" not in kept or "v" not in kept:
@@ -434,7 +439,7 @@ def inject(unet, source, mask=1.0, strength=1.0, layers="all", window=(0.0, 1.0)
     chosen, clock = select(unet, layers), Clock()
     clock.is_active = in_window(window)
     shares = _Shares(unet, chosen, mask, strength, clock)
-    lead = source if isinstance(source, int) else 0  # pictures of each call that are sources, and stay as they are
+    lead = source if isinstance(source, int) else 0  # pictures of each call that are sources, and stay
 
     def edit(name, q, k, v, run):
         if not clock.active:
@@ -485,15 +490,16 @@ def _concat(q, k, v, k_src, v_src, m, run):
 MODES = {"replace": _replace, "query": _query, "concat": _concat}
 
 
-# ---------------------------------------------------------------- rules of one's own, and the relatives' rules
+# ---------------------------------------------------------------- rules of one's own, and of the relatives
 @contextmanager
 def steer(unet, source, rule, layers="all", window=(0.0, 1.0)):
     """Let `rule(q, k, v, src, run)` answer for self-attention: `inject` for any rule.
 
-    source: a `Bank` of one picture, or of as many as each U-Net call holds; src: what it holds for this layer at
-        this timestep, {"q": (B, N, C), "k": ..., ...}, in the call's dtype. Record what the rule asks for.
-    rule: gets the call's own q, k, v (B, N, C) and returns the heads' output (B, heads, N, d), as `run` gives it:
-        run(k, v, bias=None, q=q) is plain attention. `masactrl`, `plug_and_play`, `style_aligned` are rules.
+    source: a `Bank` of one picture, or of as many as each U-Net call holds; src: what it holds for this layer
+        at this timestep, {"q": (B, N, C), "k": ..., ...}, in the call's dtype. Record what the rule asks for.
+    rule: gets the call's own q, k, v (B, N, C) and returns the heads' output (B, heads, N, d), as `run` gives
+        it: run(k, v, bias=None, q=q) is plain attention. `masactrl`, `plug_and_play`, `style_aligned` are
+        rules.
     window: (start, stop) from noise (0) to picture (1); outside it attention is plain.
     Raises ValueError where the bank lacks a part, timestep or layer, or fits no picture of the call.
     """
@@ -503,7 +509,8 @@ def steer(unet, source, rule, layers="all", window=(0.0, 1.0)):
     def fit(name, x, k):
         if len(x) not in (1, len(k)) or x.shape[1:] != k.shape[1:]:
             raise ValueError(
-                f"{name}: recorded {tuple(x.shape)}, but the generation has {tuple(k.shape)}: record one picture, "
+                f"{name}: recorded {tuple(x.shape)}, but the generation has {tuple(k.shape)}: record one "
+                "picture, "
                 "or as many as are generated, at the same size."
             )
         return x.to(k).expand_as(k)
@@ -541,7 +548,7 @@ def masactrl(q, k, v, src, run):
 
 
 def plug_and_play(q, k, v, src, run):
-    """Plug-and-Play (Tumanyan et al. 2023): the source's queries and keys, that is its weights; own values."""
+    """Plug-and-Play (Tumanyan et al. 2023): the source's queries and keys (its weights), own values."""
     return run(src["k"], v, q=src["q"])
 
 
@@ -551,10 +558,10 @@ def style_aligned(q, k, v, src, run):
     return run(torch.cat([src["k"], k], 1), torch.cat([src["v"], v], 1), q=q)
 
 
-# ---------------------------------------------------------------- outputs of whole modules (Plug-and-Play's features)
+# ---------------------------------------------------------------- outputs of whole modules
 @contextmanager
 def hooked(unet, names, hook, clock, what):
-    """Forward hooks `hook(name, output)` on modules of the U-Net; removed whatever happens, counted like `tapped`."""
+    """Forward hooks `hook(name, output)` on modules of the U-Net; always removed, counted like `tapped`."""
     names = [names] if isinstance(names, str) else list(names)
     known = dict(unet.named_modules())
     for name in names:
@@ -577,7 +584,8 @@ def hooked(unet, names, hook, clock, what):
             if count != clock.calls:
                 raise RuntimeError(f"{what}: {name} fired {count} times in {clock.calls} U-Net calls.")
         if not clock.active_calls:
-            raise RuntimeError(f"{what} never applied: {clock.calls} U-Net calls, none of them inside the window.")
+            raise RuntimeError(f"{what} never applied: {clock.calls} U-Net calls, none of them inside the "
+                               "window.")
     finally:
         for handle in handles:
             handle.remove()
@@ -585,7 +593,7 @@ def hooked(unet, names, hook, clock, what):
 
 @contextmanager
 def record_features(unet, names, window=(0.0, 1.0), device=None, dtype=None):
-    """Record the outputs of modules, e.g. "up_blocks.1.resnets.1": a `Bank` with {"out": (B, C, h, w)} per step.
+    """Record outputs of modules, e.g. "up_blocks.1.resnets.1": a `Bank` with {"out": (B, C, h, w)} per step.
 
     device, dtype: where and how to keep them, as in `record`.
     """
@@ -604,7 +612,7 @@ def record_features(unet, names, window=(0.0, 1.0), device=None, dtype=None):
 
 @contextmanager
 def inject_features(unet, bank, window=(0.0, 1.0)):
-    """Put recorded module outputs in the place of the generation's own, matched by timestep (Plug-and-Play)."""
+    """Put recorded module outputs in the place of the generation's own, by timestep (Plug-and-Play)."""
     clock = Clock()
     clock.is_active = in_window(window)
 
@@ -614,7 +622,8 @@ def inject_features(unet, bank, window=(0.0, 1.0)):
         kept = bank.at(clock.t, name)["out"]
         if len(kept) not in (1, len(output)) or kept.shape[1:] != output.shape[1:]:
             raise ValueError(
-                f"{name}: recorded {tuple(kept.shape)}, but the generation has {tuple(output.shape)}: record one "
+                f"{name}: recorded {tuple(kept.shape)}, but the generation has {tuple(output.shape)}: "
+                "record one "
                 "picture, or as many as are generated, at the same size."
             )
         return kept.to(output).expand_as(output)

@@ -53,14 +53,14 @@ def split(image, depth, at, soft=0.0, fill=None, grow=None, allow_empty=False, *
     image   (B, 3, H, W) in [0, 1]
     depth   a DepthMap, or a tensor (B, 1, H, W) in [0, 1], 0 = near (NaN = not measured); the image's size
     at      0.5, "0.5", "2.4m" (metric DepthMap only), or a tensor with one threshold per picture
-    soft    0: hard masks. Else the half width in pixels of the band around the edge in which alpha is estimated
-            (`soft_edges`): 1 for exact depth, 2 to 3 for a model's or a sensor's
+    soft    0: hard masks. Else the half width in pixels of the band around the edge in which alpha is
+            estimated (`soft_edges`): 1 for exact depth, 2 to 3 for a model's or a sensor's
     fill    None: the background keeps its hole. Else "telea", "biharmonic", a function(image, fill_mask) or a
             pipeline (lib.inpaint.fill); fill_options go to it (prompt, steps, generator, ...)
     grow    pixels by which the hole is made larger before filling (see `fill_background`; default 1 or 0)
 
-    Without filling, the layers sum to the picture: fg * alpha + bg * (1 - alpha) = image, bit for bit with hard
-    masks. Raises ValueError when nothing, or everything, is nearer than `at` (unless allow_empty).
+    Without filling, the layers sum to the picture: fg * alpha + bg * (1 - alpha) = image, bit for bit with
+    hard masks. Raises ValueError when nothing, or everything, is nearer than `at` (unless allow_empty).
     """
     depth = as_depth_map(depth)
     _check_pair(image, depth)
@@ -79,7 +79,7 @@ def split(image, depth, at, soft=0.0, fill=None, grow=None, allow_empty=False, *
 
 
 def nearer(depth, d) -> torch.Tensor:
-    """The hard fg_mask (B, 1, H, W): depth < d, holes of a sensor filled with the nearest measured depth."""
+    """The hard fg_mask (B, 1, H, W): depth < d, a sensor's holes filled (`depth.fill_holes`)."""
     return (fill_holes(as_depth_map(depth)).values < d).float()
 
 
@@ -87,12 +87,13 @@ def fill_background(cut: Layers, method="telea", grow=None, clean=True, **option
     """Fill the hole that the foreground leaves in the background: RGBA with a hole -> RGB without.
 
     method: "telea", "biharmonic", a function(image, fill_mask), or a pipeline; see lib.inpaint.fill.
-    grow: hard masks leave pixels along the edge that are part foreground, and a filling that starts from those
-    spreads their colour. One pixel more takes them into the hole (default; biharmonic's error falls from 0.25 to
-    0.10), at the price that `recompose` no longer gives these pixels back. Soft masks hold them already: default 0.
-    clean: take the background's colour out of soft edges, by solving image = alpha F + (1 - alpha) B for F; alpha
-    is raised where no colour F could do that. The layers then recompose to the image also after filling.
-    A shadow that the foreground throws is background, and stays.
+    grow: hard masks leave pixels along the edge that are part foreground, and a filling that starts from
+    those spreads their colour. One pixel more takes them into the hole (default; biharmonic's error falls
+    from 0.25 to 0.10), at the price that `recompose` no longer gives these pixels back. Soft masks hold them
+        already: default 0.
+    clean: take the background's colour out of soft edges, by solving image = alpha F + (1 - alpha) B for F;
+    alpha is raised where no colour F could do that. The layers then recompose to the image also after
+    filling. A shadow that the foreground throws is background, and stays.
     """
     if options.get("samples", 1) != 1:
         raise ValueError("a background has one filling: leave samples at 1, or call lib.inpaint.with_model.")
@@ -101,7 +102,7 @@ def fill_background(cut: Layers, method="telea", grow=None, clean=True, **option
         grow = 0 if ((cut.mask > 0) & (cut.mask < 1)).any() else 1
     hole = dilate((cut.mask > 0).float(), grow)
     if (hole.amin(dim=(1, 2, 3)) == 1).any():
-        raise ValueError("the hole covers the whole picture: nothing is left to fill from; choose a smaller d "
+        raise ValueError("the hole covers the whole picture: nothing is left to fill from; use a smaller d "
                          "or a smaller grow.")
     filled = image.clone()
     some = hole.amax(dim=(1, 2, 3)) > 0                  # all of them, unless allow_empty let others through
@@ -126,8 +127,8 @@ def _least_alpha(image, behind):
 def recompose(cut) -> torch.Tensor:
     """Put layers together again -> RGB (B, 3, H, W).
 
-    A `Layers` with a hole: the sum of the premultiplied layers. Filled, or a list of RGBA layers front to back
-    (the last one may be RGB): each *over* what lies behind it.
+    A `Layers` with a hole: the sum of the premultiplied layers. Filled, or a list of RGBA layers front to
+    back (the last one may be RGB): each *over* what lies behind it.
     """
     if isinstance(cut, Layers):
         if not cut.filled:
@@ -153,8 +154,8 @@ def layers(image, depth, ats, soft=0.0, fill=None, **fill_options) -> list[torch
 
     ats: thresholds from near to far, as in `split`. Layer k holds ats[k-1] <= depth < ats[k]. With soft edges
     the coverages are cumulative, so that compositing one *over* the next still gives the picture.
-    fill: fills what the layers in front hide of the last one, which then is RGB (B, 3, H, W). What they hide of
-    the layers between stays unknown: nobody can say how far those reach.
+    fill: fills what the layers in front hide of the last one, which then is RGB (B, 3, H, W). What they hide
+    of the layers between stays unknown: nobody can say how far those reach.
     """
     ats = list(ats)
     depth = as_depth_map(depth)
@@ -167,7 +168,8 @@ def layers(image, depth, ats, soft=0.0, fill=None, **fill_options) -> list[torch
         hard = nearer(depth, d)
         _check_split(hard, depth, d)
         if (hard == last).flatten(1).all(1).any():
-            raise ValueError(f"no surface lies between two of the thresholds {ats}: one layer would be empty.")
+            raise ValueError(f"no surface lies between two of the thresholds {ats}: one layer would be "
+                             "empty.")
         cover.append(torch.maximum(cover[-1], soft_edges(image, depth, d, soft) if soft else hard))
         last = hard
     cover.append(torch.ones_like(depth.values))
@@ -185,11 +187,11 @@ def layers(image, depth, ats, soft=0.0, fill=None, **fill_options) -> list[torch
 def soft_edges(image, depth, d, radius=1.0) -> torch.Tensor:
     """Alpha of the foreground (B, 1, H, W), estimated in a band of `radius` pixels around the hard edge.
 
-    Two kinds of edges want two answers. Where a surface *runs through* d (the floor), depth itself says how much
-    of the pixel is nearer: 1/2 + (d - z) / slope. Where depth *jumps* (an object's outline), depth has no value
-    between, and colour must say: with F and B the mean colours well inside each side, alpha is where the pixel
-    lies between them, (I - B).(F - B) / |F - B|^2. That is trusted as far as F and B differ and the pixel lies
-    on their line; the rest is the hard mask with a blur of half a pixel.
+    Two kinds of edges want two answers. Where a surface *runs through* d (the floor), depth itself says how
+    much of the pixel is nearer: 1/2 + (d - z) / slope. Where depth *jumps* (an object's outline), depth has
+    no value between, and colour must say: with F and B the mean colours well inside each side, alpha is where
+    the pixel lies between them, (I - B).(F - B) / |F - B|^2. That is trusted as far as F and B differ and the
+    pixel lies on their line; the rest is the hard mask with a blur of half a pixel.
     """
     if not 0 < radius <= 32:
         raise ValueError(f"soft must be 0 (hard edges) or a band of up to 32 pixels; got {radius}.")
@@ -205,10 +207,10 @@ def soft_edges(image, depth, d, radius=1.0) -> torch.Tensor:
 
 
 def thin_parts(mask, radius=1) -> torch.Tensor:
-    """Where a mask (B, 1, H, W) is thinner than about 2 * radius + 1 pixels, grown by one pixel: legs, poles, leaves.
+    """Where a mask (B, 1, H, W) is thinner than about 2 * radius + 1 pixels, grown by one: legs, poles.
 
-    What an opening (shrink by `radius`, grow again) loses is thin, on both sides of the edge: a gap between two
-    legs is as thin as a leg."""
+    What an opening (shrink by `radius`, grow again) loses is thin, on both sides of the edge: a gap between
+    two legs is as thin as a leg."""
     hard = (mask > 0.5).float()
     lost = hard - dilate(erode(hard, radius), radius).minimum(hard)
     gaps = erode(dilate(hard, radius), radius).maximum(hard) - hard
@@ -216,7 +218,7 @@ def thin_parts(mask, radius=1) -> torch.Tensor:
 
 
 def refine_thin(image, depth, d, radius=1.0) -> torch.Tensor:
-    """`soft_edges`, with closed-form matting where the foreground is thin and depth jumps: alpha (B, 1, H, W).
+    """`soft_edges`, with closed-form matting where something thin stands before a jump: alpha (B, 1, H, W).
 
     A part one or two pixels wide has no inside, so the mean colour "well inside" that soft_edges wants is not
     there. Matting needs none: it asks only that colours lie on a line in every 3 x 3 window.
@@ -232,19 +234,19 @@ def refine_thin(image, depth, d, radius=1.0) -> torch.Tensor:
 def matte(image, alpha, unknown, eps=1e-5) -> torch.Tensor:
     """Closed-form matting (Levin, Lischinski and Weiss 2008): alpha (B, 1, H, W) in the unknown pixels.
 
-    alpha is kept where unknown (B, 1, H, W) is 0. In a 3 x 3 window the alphas should be a linear function of the
-    colours; how far they are not, summed over all windows, is alpha^T L alpha, and its smallest value is one
-    sparse linear system. Wants pixels of both kinds, known, beside the unknown ones.
+    alpha is kept where unknown (B, 1, H, W) is 0. In a 3 x 3 window the alphas should be a linear function of
+    the colours; how far they are not, summed over all windows, is alpha^T L alpha, and its smallest value is
+    one sparse linear system. Wants pixels of both kinds, known, beside the unknown ones.
     """
     from scipy.sparse.linalg import spsolve
     out = alpha.clone()
-    for picture, a, free in zip(image, out[:, 0], unknown[:, 0] > 0):
+    for picture, a, free in zip(image, out[:, 0], (unknown[:, 0] > 0).cpu()):
         if free.any():
             i, j = free.flatten().numpy(), (~free).flatten().numpy()
             laplacian = _matting_laplacian(picture, free, eps)
-            right = -laplacian[i][:, j] @ a.flatten()[torch.from_numpy(j)].double().numpy()
+            right = -laplacian[i][:, j] @ a.detach().cpu().flatten().double().numpy()[j]
             solved = np.atleast_1d(spsolve(laplacian[i][:, i].tocsc(), right))
-            a[free] = torch.from_numpy(solved).to(a).clamp(0, 1)
+            a[free.to(a.device)] = torch.from_numpy(solved).to(a).clamp(0, 1)
     return out
 
 
@@ -394,7 +396,8 @@ def _valley(count):
     left, right = np.maximum.accumulate(h), np.maximum.accumulate(h[::-1])[::-1]
     gap = np.minimum(left, right) - h
     if gap.max() < 0.05 * h.max():
-        raise ValueError("the histogram of depth has one peak only, so there is no valley; use otsu or quantile.")
+        raise ValueError("the histogram of depth has one peak only, so there is no valley; use otsu or "
+                         "quantile.")
     low = np.flatnonzero(gap >= gap.max() - 1e-9 * h.max())
     return [int(low[len(low) // 2])]      # the middle of an empty gap
 
@@ -448,19 +451,21 @@ def statistics(cut: Layers, depth=None) -> dict:
 # --- parts ------------------------------------------------------------------------------------------------
 
 def as_depth_map(depth) -> DepthMap:
-    """DepthMap as it is; a tensor (B, 1, H, W) in [0, 1], 0 = near, as a relative one (NaN = not measured)."""
+    """DepthMap as it is; a tensor (B, 1, H, W) in [0, 1], 0 = near, as a relative one (NaN: unmeasured)."""
     if isinstance(depth, DepthMap):
         return depth
     if not torch.is_tensor(depth) or depth.dim() != 4 or depth.shape[1] != 1:
         shape = tuple(depth.shape) if hasattr(depth, "shape") else type(depth).__name__
-        raise ValueError(f"depth must be a DepthMap, or a tensor (B, 1, H, W) in [0, 1] with 0 = near; got {shape}.")
+        raise ValueError(f"depth must be a DepthMap, or a tensor (B, 1, H, W) in [0, 1] with 0 = near; got "
+                         f"{shape}.")
     valid = torch.isfinite(depth)
     values = torch.where(valid, depth, torch.ones_like(depth)).float()
     if not valid.flatten(1).any(1).all():
         raise ValueError("the depth map has no measured pixel at all; give another one, or estimate depth.")
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > 1:
-        raise ValueError(f"depth must lie in [0, 1], 0 = near; this spans {low:.3g}..{high:.3g}. Metres become a "
+        raise ValueError(f"depth must lie in [0, 1], 0 = near; this spans {low:.3g}..{high:.3g}. Metres "
+                         "become a "
                          "DepthMap by lib.depth.from_metric, inverse depth by lib.depth.from_inverse.")
     return DepthMap(values, "relative", 0.0, 1.0, valid.float(), "tensor")
 
@@ -480,7 +485,8 @@ def _check_pair(image, depth):
     check_image(image)
     if image.shape[-2:] != depth.values.shape[-2:]:
         (h, w), (a, b) = image.shape[-2:], depth.size
-        raise ValueError(f"the depth is {a}x{b} but the image is {h}x{w} (height x width): use the depth of this "
+        raise ValueError(f"the depth is {a}x{b} but the image is {h}x{w} (height x width): use the depth of "
+                         "this "
                          "picture, brought to its size by DepthMap.resize.")
     if len(image) != len(depth.values):
         raise ValueError(f"{len(depth.values)} depth maps do not fit {len(image)} images.")
@@ -488,7 +494,8 @@ def _check_pair(image, depth):
 
 def _check_constant(low, high):
     if not high - low > 1e-6:
-        raise ValueError(f"the depth is one value everywhere ({low:.3g}), so no threshold can split the picture; "
+        raise ValueError(f"the depth is one value everywhere ({low:.3g}), so no threshold can split the "
+                         "picture; "
                          "give a depth map of this picture, or estimate depth.")
 
 

@@ -76,7 +76,7 @@ class DepthMap:
         Gives a float, or a (B, 1, 1, 1) tensor where the images of a batch have ranges of their own.
         Raises ValueError when the depth lies outside the scene or metres are asked of a map without metres.
         """
-        number, metres = _parse_at(value)
+        number, metres = parse_at(value)
         if not metres:
             if not 0 <= number <= 1:
                 hint = f" Did you mean '{number:g}m'?" if self.kind == "metric" and number > 0 else ""
@@ -124,8 +124,8 @@ class DepthMap:
         return out
 
 
-def _parse_at(value) -> tuple[float, bool]:
-    """(number, is it in metres). Accepts 0.5, "0.5", "2.4m", "2.4 m"."""
+def parse_at(value) -> tuple[float, bool]:
+    """(number, is it in metres). Accepts 0.5, "0.5", "2.4m", "2.4 m"; anything else is a ValueError."""
     text = str(value).strip().lower()
     metres = text.endswith("m")
     try:
@@ -154,6 +154,8 @@ def from_metric(metres, near=None, far=None, valid=None, trim=0.0, source="metre
     ok = ok if valid is None else ok & (_as_4d(valid) > 0.5)
     low, high = (near, far) if near is not None and far is not None else _ranges(z, ok, (trim, 100 - trim))
     near, far = _constant(low if near is None else near), _constant(high if far is None else far)
+    if not (torch.as_tensor(far) > torch.as_tensor(near)).all():
+        raise ValueError(f"far ({far}) must be more metres than near ({near}).")
     return _finish((z - near) / (far - near), ok, "metric", near, far, source)
 
 
@@ -255,10 +257,11 @@ def depth_anything(outputs, size=None, estimation="relative", max_depth=None) ->
 
 def zoedepth(outputs, processor, size) -> DepthMap:
     """ZoeDepth: metres, near = low. Its processor pads the picture by reflection, so its own
-    `post_process_depth_estimation` must take that off again; plain resizing shifts everything. size: (H, W) of
-    the picture that went in.
+    `post_process_depth_estimation` must take that off again; plain resizing shifts everything. size: (H, W)
+    of the picture that went in.
     """
-    done = processor.post_process_depth_estimation(outputs, source_sizes=[tuple(size)] * len(_predicted(outputs)))
+    sizes = [tuple(size)] * len(_predicted(outputs))
+    done = processor.post_process_depth_estimation(outputs, source_sizes=sizes)
     metres = torch.stack([d["predicted_depth"] for d in done])
     return from_metric(_as_4d(metres).clamp_min(1e-3), source="ZoeDepth (metres)")
 
@@ -288,8 +291,8 @@ class Estimator:
 
     @torch.no_grad()
     def predict(self, image: torch.Tensor):
-        """The model's own outputs, as it gives them: `.predicted_depth` (B, h, w) float32, in the model's unit,
-        sign and size. What it means is the adapter's business."""
+        """The model's own outputs, as it gives them: `.predicted_depth` (B, h, w) float32, in the model's
+        unit, sign and size. What it means is the adapter's business."""
         if image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(f"A depth model needs an image of shape (B, 3, H, W); got {tuple(image.shape)}.")
         pixels = self.processor(images=list(image.float().cpu()), do_rescale=False, return_tensors="pt")
@@ -302,7 +305,7 @@ class Estimator:
         return self.adapter(self.predict(image), tuple(image.shape[-2:])).to(image.device)
 
 
-# ---------------------------------------------------------------- small models with random weights, for proofs
+# ---------------------------------------------------------------- small random models, for proofs
 
 RANDOM = ("dpt", "depth-anything-v2", "depth-anything-v2-metric", "zoedepth")
 
@@ -310,8 +313,8 @@ RANDOM = ("dpt", "depth-anything-v2", "depth-anything-v2-metric", "zoedepth")
 def random_estimator(name: str, seed: int = 0) -> Estimator:
     """One of RANDOM as a very small model with random weights: the real architecture, processor and adapter.
 
-    Its depth means nothing, but its output has the shape, range and post-processing of the real thing, so that
-    an adapter can be proven without a download. Raises ValueError for another name.
+    Its depth means nothing, but its output has the shape, range and post-processing of the real thing, so
+    that an adapter can be proven without a download. Raises ValueError for another name.
     """
     if name not in RANDOM:
         raise ValueError(f"No random model is called {name!r}; known: {', '.join(RANDOM)}.")
@@ -335,7 +338,7 @@ def _random_parts(name):
         config = t.DPTConfig(image_size=32, patch_size=8, backbone_out_indices=[0, 1, 2, 3], **vit, **neck)
         return t.DPTForDepthEstimation(config), t.DPTImageProcessor(size={"height": 32, "width": 32}), dpt
     if name == "zoedepth":
-        beit = t.BeitConfig(image_size=64, patch_size=16, out_features=["stage1", "stage2", "stage3", "stage4"],
+        beit = t.BeitConfig(image_size=64, patch_size=16, out_features=[f"stage{i}" for i in (1, 2, 3, 4)],
                             reshape_hidden_states=False, use_relative_position_bias=True, **vit)
         config = t.ZoeDepthConfig(
             backbone_config=beit, bottleneck_features=8, bin_embedding_dim=8, num_relative_features=4,
@@ -346,7 +349,8 @@ def _random_parts(name):
     metric = name.endswith("metric")
     dino = t.Dinov2Config(image_size=28, patch_size=14, out_indices=[1, 2, 3, 4], apply_layernorm=True,
                           reshape_hidden_states=False, **vit)
-    config = t.DepthAnythingConfig(backbone_config=dino, reassemble_hidden_size=32, head_hidden_size=8, **neck,
+    config = t.DepthAnythingConfig(backbone_config=dino, reassemble_hidden_size=32, **neck,
+                                    head_hidden_size=8,
                                    **(dict(depth_estimation_type="metric", max_depth=20) if metric else {}))
     processor = t.DPTImageProcessor(size={"height": 28, "width": 28})
     return t.DepthAnythingForDepthEstimation(config), processor, lambda o, size: depth_anything(
@@ -365,14 +369,15 @@ def given(source, kind: str | None = None, near_is: str | None = None, size: tup
 
     size  (H, W) of the picture that it must fit
     trim  percent cut off at both ends of the scale (see from_metric)
-    fill  holes get the nearest measured depth (see fill_holes); `valid` still says which were measured
+    fill  holes get a depth measured nearby (see fill_holes); `valid` still says which were measured
     """
     array, name = _read(source)
     if array.ndim == 3 and array.shape[-1] in (3, 4) and array.dtype == np.uint8:
         array = _grey(array, name)
     shape = tuple(array.shape[-2:]) if array.ndim == 4 or array.shape[-1] != 1 else array.shape[:2]
     if size is not None and shape != tuple(size):
-        raise ValueError(f"The depth is {shape[1]} x {shape[0]} pixels but the picture {size[1]} x {size[0]}; "
+        raise ValueError(f"The depth is {shape[1]} x {shape[0]} pixels but the picture {size[1]} x "
+                         f"{size[0]}; "
                          f"give a depth map that fits the picture pixel for pixel.")
     found = _from_array(array, kind, near_is, trim, name)
     return fill_holes(found) if fill else found
@@ -446,36 +451,71 @@ def _grey(array, name) -> np.ndarray:
     return rgb[..., 0]
 
 
-def fill_holes(depth: DepthMap) -> DepthMap:
-    """Give every unmeasured pixel the depth of the nearest measured one.
+SENSOR_BASELINE = 0.1   # metres between the two eyes of a depth camera, at most (common ones: 0.03 to 0.075)
+SENSOR_FOCAL = 0.82     # its focal length in picture widths, about: 63 degrees across
 
-    The nearest value keeps edges sharp and invents no depth that was not measured; averaging would put a ramp
-    between an object and the wall behind it, and a threshold on that ramp cuts out a halo. Where a hole
-    touches both, it is a guess all the same: `valid` keeps saying which pixels were measured.
+
+def fill_holes(depth: DepthMap) -> DepthMap:
+    """Give every unmeasured pixel a depth measured nearby: the nearest; in a stereo shadow, the one behind.
+
+    A copied depth keeps edges sharp and invents nothing; averaging would put a ramp between an object and the
+    wall behind it, and a threshold on that ramp cuts out a halo. A *stereo shadow* is what only one of a
+    depth camera's two eyes sees, so it lies on the farther surface, in every row on the same side of the near
+    thing, and is no wider than the baseline allows (`_stereo_shadow`; in metric maps only). Other holes
+    (dark, shiny, glass) say nothing about their side. Either way it is a guess: `valid` keeps saying which
+    pixels were measured.
     """
     from scipy.ndimage import distance_transform_edt
     if (depth.valid > 0.5).all():
         return depth
     filled = depth.values.clone()
-    for values, valid in zip(filled[:, 0], depth.valid[:, 0]):
+    for i, (values, valid) in enumerate(zip(filled[:, 0], depth.valid[:, 0])):
         holes = (valid <= 0.5).cpu().numpy()
         if holes.all():
             raise ValueError("The depth map has no measured pixel; give another one, or leave it out.")
         rows, columns = distance_transform_edt(holes, return_distances=False, return_indices=True)
+        if depth.kind == "metric":
+            near, far = (float(x[i] if isinstance(x, torch.Tensor) else x) for x in (depth.near, depth.far))
+            shadow, behind = _stereo_shadow(near + values.cpu().numpy() * (far - near), ~holes)
+            rows = np.where(shadow, np.arange(len(holes))[:, None], rows)
+            columns = np.where(shadow, behind, columns)
         values.copy_(values[torch.from_numpy(rows).long(), torch.from_numpy(columns).long()])
     return replace(depth, values=filled)
 
 
-def imitate_sensor(metres, focal, baseline=0.075, step=0.125, reach=6.0, no_return=None, margin=6) -> torch.Tensor:
-    """What a depth camera with a projector beside its lens would report: (B, 1, H, W) metres, 0 = no measurement.
+def _stereo_shadow(metres, measured) -> tuple[np.ndarray, np.ndarray]:
+    """Which holes of a map (H, W) are stereo shadows, and the column of the surface they lie on: two (H, W).
+
+    A run of unmeasured pixels in a row between z_near and z_far, which differ by more than 3 %, at most
+    focal * baseline * (1 / z_near - 1 / z_far) wide (and 2 pixels of doubt), on the side where most such runs
+    are.
+    """
+    h, w = measured.shape
+    column, row = np.broadcast_to(np.arange(w), (h, w)), np.arange(h)[:, None]
+    left = np.maximum.accumulate(np.where(measured, column, -1), 1)
+    right = np.minimum.accumulate(np.where(measured, column, w)[:, ::-1], 1)[:, ::-1]
+    inside = ~measured & (left >= 0) & (right < w)
+    z_left, z_right = (np.maximum(metres[row, c.clip(0, w - 1)], 1e-3) for c in (left, right))
+    near, far = np.minimum(z_left, z_right), np.maximum(z_left, z_right)
+    widest = SENSOR_FOCAL * w * SENSOR_BASELINE * (1 / near - 1 / far) + 2
+    shadow = inside & (far > 1.03 * near) & (right - left - 1 <= widest)
+    begins, near_is_left = shadow & (column == left + 1), z_left < z_right
+    side = (begins & near_is_left).sum() > (begins & ~near_is_left).sum()
+    return shadow & (near_is_left == side), np.where(near_is_left, right, left)
+
+
+def imitate_sensor(metres, focal, baseline=0.075, step=0.125, reach=6.0, no_return=None,
+                   margin=6) -> torch.Tensor:
+    """What a depth camera with a projector beside its lens would say: metres (B, 1, H, W), 0 = unmeasured.
 
     Such a camera finds depth by triangulation: a point at z is seen shifted by the disparity
     focal * baseline / z pixels, which is read in steps of `step` pixels (so the error grows with z squared).
     Holes: what the projector, `baseline` metres to the right of the lens, cannot light because something
-    nearer stands in its way; what is farther than `reach` metres; `no_return` (B, 1, H, W) = 1, such as glass; and
-    `margin` columns at the left, which the second view does not cover.
+    nearer stands in its way; what is farther than `reach` metres; `no_return` (B, 1, H, W) = 1, such as
+    glass; and `margin` columns at the left, which the second view does not cover.
 
-    metres (B, 1, H, W) > 0; focal in pixels. A sketch of structured light (Kinect), not a model of one product.
+    metres (B, 1, H, W) > 0; focal in pixels. A sketch of structured light (Kinect), not a model of one
+    product.
     """
     z = _as_4d(metres)
     if (z <= 0).any() or not focal > 0 or not baseline > 0 or not step > 0:
@@ -517,14 +557,16 @@ def align_scale_shift(prediction, target, valid=None):
 def metres_from(found: DepthMap, truth, valid=None, farthest: float = 100.0) -> torch.Tensor:
     """Metres (B, 1, H, W) of a metric or an inverse-relative map, to be scored against `truth` (metres).
 
-    A metric map gives its own metres. A relative one has none: its inverse depth is aligned with 1 / truth first
-    (two numbers per image are taken from the truth), and what comes out beyond `farthest`, or behind the camera,
-    is set to `farthest`. A "relative" map (a picture of depth with an unknown curve in it) is a ValueError.
+    A metric map gives its own metres. A relative one has none: its inverse depth is aligned with 1 / truth
+    first (two numbers per image are taken from the truth), and what comes out beyond `farthest`, or behind
+    the camera, is set to `farthest`. A "relative" map (a picture of depth with an unknown curve in it) is a
+    ValueError.
     """
     if found.kind == "metric":
         return found.metres()
     if found.kind != "inverse-relative":
-        raise ValueError("Only inverse-relative maps can be aligned: a picture of depth may have any curve in it.")
+        raise ValueError("Only inverse-relative maps can be aligned: a picture of depth may have any curve "
+                         "in it.")
     t = _as_4d(truth)
     ok = (torch.isfinite(t) & (t > 0)).float() * found.valid * (1 if valid is None else _as_4d(valid))
     raw = found.near + found.values * (found.far - found.near)
@@ -604,12 +646,13 @@ def pinhole(size, fov) -> tuple[float, float, float]:
 
 
 def unproject(metres, camera) -> torch.Tensor:
-    """Every pixel as a point in the world: (B, 3, H, W), x right, y up from the floor, z into the room, metres.
+    """Every pixel as a point of the world: (B, 3, H, W), x right, y up from the floor, z inwards, metres.
 
     metres  (B, 1, H, W): depth along the optical axis, not along the ray
     camera  anything with .height (m), .pitch (degrees, downwards) and .fov, such as lib.scenes.Camera
 
-    In the camera's frame X = (u - cx) / f * Z and Y = (cy - v) / f * Z (up); then the camera's pitch and height.
+    In the camera's frame X = (u - cx) / f * Z and Y = (cy - v) / f * Z (up); then the camera's pitch and
+    height.
     """
     z = _as_4d(metres)
     (h, w), p = z.shape[-2:], math.radians(camera.pitch)
@@ -622,7 +665,7 @@ def unproject(metres, camera) -> torch.Tensor:
 
 
 def project(points, camera, size) -> tuple[torch.Tensor, torch.Tensor]:
-    """World points (..., 3) -> (pixel places (..., 2) as (u, v), depth (...)): the way back from `unproject`."""
+    """World points (..., 3) -> (pixel places (..., 2) as (u, v), depth (...)): `unproject` undone."""
     f, cx, cy = pinhole(size, camera.fov)
     p = math.radians(camera.pitch)
     x, up, ahead = points[..., 0], points[..., 1] - camera.height, points[..., 2]

@@ -11,6 +11,7 @@ Dhariwal and Nichol 2021 (AdaGN); Ho and Salimans 2022 (guidance).
 import json
 import math
 import random
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +33,8 @@ def make_betas(schedule: str = "linear", n: int = 1000) -> torch.Tensor:
     """(n,) the share of variance that each step replaces by noise, in (0, 1).
 
     "linear": DDPM. "scaled_linear": linear in sqrt(beta), as in Stable Diffusion. "cosine": from
-    abar(s) = cos^2((s + 0.008) / 1.008 * pi / 2), at most 0.999 (Nichol and Dhariwal, eq. 17). Equal to the betas
-    of diffusers' schedulers, where the cosine one is called "squaredcos_cap_v2".
+    abar(s) = cos^2((s + 0.008) / 1.008 * pi / 2), at most 0.999 (Nichol and Dhariwal, eq. 17). Equal to the
+    betas of diffusers' schedulers, where the cosine one is called "squaredcos_cap_v2".
     """
     if not isinstance(n, int) or n < 2:
         raise ValueError(f"n, the number of steps, must be a whole number of at least 2, but it is {n!r}.")
@@ -80,7 +81,7 @@ def ddim(pipe, steps: int):
 
 
 def alpha_at(scheduler, t: int) -> torch.Tensor:
-    """abar_t; below timestep 0 (after the last step) the scheduler's `final_alpha_cumprod` (DDPMScheduler: 1)."""
+    """abar_t; below timestep 0 (after the last step) `final_alpha_cumprod` (1 for a DDPMScheduler)."""
     if t >= 0:
         return scheduler.alphas_cumprod[t]
     return scheduler.final_alpha_cumprod if hasattr(scheduler, "final_alpha_cumprod") else scheduler.one
@@ -98,10 +99,12 @@ def previous(scheduler, t: int) -> int:
 def q_sample(scheduler, z0, t, noise) -> torch.Tensor:
     """Forward process in closed form: z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise. (DDPM eq. 4.)
 
-    z0, noise: (B, C, h, w). t: one integer, or (B,) integers; a negative integer means the clean end.
+    z0, noise: (B, C, h, w). t: one integer, or (B,) integers; a negative one means the clean end.
     """
     if torch.is_tensor(t) and t.ndim:
-        a = scheduler.alphas_cumprod.to(z0.device)[t.to(z0.device)].view(-1, 1, 1, 1)
+        below, t = (t < 0).to(z0.device), t.clamp(min=0).to(z0.device)
+        a = scheduler.alphas_cumprod.to(z0.device)[t]
+        a = torch.where(below, alpha_at(scheduler, -1).to(z0.device), a).view(-1, 1, 1, 1)
     else:
         a = alpha_at(scheduler, int(t))
     a = a.to(z0.device)
@@ -133,8 +136,11 @@ def _move(scheduler, output, z, a_from, a_to, sigma=0.0, noise=None):
 def ddim_step(scheduler, output, t, z, eta=0.0, generator=None) -> torch.Tensor:
     """z_t -> z at the next lower level. Equal to `DDIMScheduler.step(output, t, z, eta).prev_sample`.
 
-    scheduler: from `ddim(pipe, steps)`. output: the U-Net's prediction at (z, t). eta=1 is DDPM.
+    scheduler: from `ddim(pipe, steps)`. output: the U-Net's prediction at (z, t). eta: 0 (no fresh noise) to
+    1 (as much as DDPM adds); any other is a ValueError, for its variance would be below 0.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie between 0 (DDIM) and 1 (DDPM), but it is {eta}.")
     t = int(t)
     a, a_prev = alpha_at(scheduler, t).to(z.device), alpha_at(scheduler, previous(scheduler, t)).to(z.device)
     if eta == 0:
@@ -157,10 +163,10 @@ def posterior(scheduler, x0, x_t, t) -> tuple:
 
 
 def ddpm_step(scheduler, output, t, x, generator=None) -> torch.Tensor:
-    """x_t -> a draw of x_prev, where the *predicted* x_0 stands in the posterior. Equal to `DDPMScheduler.step`.
+    """x_t -> a draw of x_prev, with the *predicted* x_0 in the posterior. Equal to `DDPMScheduler.step`.
 
-    The variance is the posterior's ("fixed_small"), or beta with `variance_type="fixed_large"`, DDPM's other choice.
-    No noise is added in the step to timestep 0's clean end.
+    The variance is the posterior's ("fixed_small"), or beta with `variance_type="fixed_large"`, DDPM's other
+    choice. No noise is added in the step to timestep 0's clean end.
     """
     t = int(t)
     a = alpha_at(scheduler, t).to(x.device)
@@ -196,18 +202,21 @@ def ddim_inverse_step(scheduler, output, t, z) -> torch.Tensor:
 # ---------------------------------------------------------------- the model
 @torch.no_grad()
 def embed(pipe, prompt) -> torch.Tensor:
-    """Prompt (str or list of str) -> text features (B, L, C), as the pipeline's encode_prompt makes them."""
+    """Prompt (str or list of str) -> text features (B, L, C), as the pipeline's encode_prompt makes them.
+
+    A prompt with more tokens than the text encoder reads (77 in SD 1.x) is cut off, with a warning.
+    """
     if isinstance(prompt, str):
         prompt = [prompt]
     if not isinstance(prompt, (list, tuple)) or not prompt or not all(isinstance(p, str) for p in prompt):
         raise ValueError(f"A prompt is a text or a list of texts, not {prompt!r}.")
-    tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
+    tokenizer, encoder, most = pipe.tokenizer, pipe.text_encoder, pipe.tokenizer.model_max_length
+    for text in prompt:
+        if len(text) > most and (count := len(tokenizer.tokenize(text)) + 2) > most:  # with its start and end
+            warnings.warn(f"The prompt has {count} tokens and the model reads {most}: the end of "
+                          f"'{text[:40]}...' is cut off.", stacklevel=2)
     tokens = tokenizer(
-        list(prompt),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
+        list(prompt), padding="max_length", max_length=most, truncation=True, return_tensors="pt"
     )
     wants_mask = getattr(encoder.config, "use_attention_mask", False)
     mask = tokens.attention_mask.to(encoder.device) if wants_mask else None
@@ -273,8 +282,8 @@ def sample(
 def sample_loop(predict, scheduler, x, step=ddim_step, generator=None, on_step=None) -> torch.Tensor:
     """Noise x -> a sample: for every timestep of the run, `step(scheduler, predict(x, t), t, x)`.
 
-    predict(x, t) gives the noise prediction: any network, or `guided(model, label, scale)`. step: `ddim_step` or
-    `ddpm_step` (which draws from `generator`). on_step(i, t, x, output) sees x_t *before* each step.
+    predict(x, t) gives the noise prediction: any network, or `guided(model, label, scale)`. step: `ddim_step`
+    or `ddpm_step` (which draws from `generator`). on_step(i, t, x, output) sees x_t *before* each step.
     """
     extra = {} if generator is None else {"generator": generator}
     for i, t in enumerate(scheduler.timesteps.tolist()):
@@ -417,7 +426,7 @@ def timestep_embedding(t, width: int, max_period: float = 10_000.0) -> torch.Ten
 
 
 class AdaGN(nn.Module):
-    """Adaptive group normalisation: GroupNorm(x) (1 + scale) + shift, both read from the embedding of (t, label).
+    """Adaptive group normalisation: GroupNorm(x) (1 + scale) + shift, read from the embedding of (t, label).
 
     The linear layer starts at zero, so that it begins as plain group normalisation.
     """
@@ -452,7 +461,7 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Lesson 02's attention between all places of a feature map, added to it; it starts as nothing (out = 0)."""
+    """Lesson 02's attention between all places of a feature map, added to it; at first nothing (out = 0)."""
 
     def __init__(self, channels: int, heads: int = 2):
         super().__init__()
@@ -474,8 +483,9 @@ class TeachUNet(nn.Module):
     """The teaching U-Net: noise prediction on RGB pictures at three resolutions; 0.7 M parameters.
 
     forward(x (B, 3, H, W) in about [-1, 1], t (B,) or one integer, label (B,) or None) -> noise (B, 3, H, W).
-    label 0 (or None) says nothing; 1 + k asks for kind k of `TEACH_KINDS`. `patch` pixels a side are folded into
-    channels first (patch=2: 64x64x3 -> 32x32x12), which makes it four times as fast. H, W: multiples of 4 patch.
+    label 0 (or None) says nothing; 1 + k asks for kind k of `TEACH_KINDS`. `patch` pixels a side are folded
+    into channels first (patch=2: 64x64x3 -> 32x32x12), which makes it four times as fast. H, W: multiples of
+    4 patch.
     """
 
     def __init__(self, channels=(48, 64, 80), width: int = 96, labels: int = 7, patch: int = 2):
@@ -520,7 +530,7 @@ class TeachUNet(nn.Module):
 
 
 def teach_scheduler():
-    """The schedule of the teaching model: cosine, 1000 steps, clean pictures clipped to [-1, 1]; a DDIMScheduler."""
+    """The teaching model's DDIMScheduler: cosine, 1000 steps, clean pictures clipped to [-1, 1]."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -561,7 +571,7 @@ _TEACH_SIZE = {"ball": 1.75, "box": 1.6, "vase": 1.8, "cone": 1.75, "chair": 1.6
 
 
 def teach_scene(seed: int):
-    """A simple room of the Miniature from a seed: one large thing, one camera, one floor, light from either side.
+    """A simple room of the Miniature from a seed: one large thing, one camera, light from either side.
 
     Few things vary, so that a small network trained for minutes can learn all of it.
     """
@@ -588,7 +598,7 @@ def teach_scene(seed: int):
 
 
 def teach_label(kind: str) -> int:
-    """The label of a kind: "anything" is 0, the kinds of `TEACH_KINDS` are 1, 2, ...; any other word: ValueError."""
+    """The label of a kind: "anything" is 0, those of `TEACH_KINDS` are 1, 2, ...; else a ValueError."""
     known = ("anything", *TEACH_KINDS)
     if kind not in known:
         raise ValueError(f"The teaching model knows no {kind!r}; it knows {', '.join(known)}.")
@@ -596,7 +606,7 @@ def teach_label(kind: str) -> int:
 
 
 def teach_pictures(n: int, size: int = 64, split: str = "train", start: int = 0, device="cpu") -> tuple:
-    """n simple rooms -> (pictures (n, 3, size, size) in [0, 1], labels (n,) with 1 + index in TEACH_KINDS)."""
+    """n simple rooms -> (pictures (n, 3, size, size) in [0, 1], labels (n,): 1 + index in TEACH_KINDS)."""
     from . import scenes
 
     if n < 1 or size < 8:

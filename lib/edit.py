@@ -31,7 +31,7 @@ from lib import deglad, depth, featglac, light, models, scenes, setup, show
 WORK_SIDE = 1536       # masks of larger pictures are made at this size and enlarged; the pictures are not
 VIEW = 0.82            # focal length / picture width where the file does not say: about a phone's view
 TOLERANCE = 0.03       # what is nearer than the object by less than this share of its depth does not hide it
-SINK = 0.06            # a thing seen from slightly above reaches this share of its height below its middle's foot
+SINK = 0.06            # seen from above, a thing reaches this share of its height below its middle's foot
 METRES = {"cut-out": 0.45, "chair": 0.9, "table": 0.75, "lamp": 1.25, "plant": 0.7, "ball": 0.5, "box": 0.5,
         "vase": 0.7, "cone": 0.8, "glass": 0.5}  # metres, when nobody says
 
@@ -60,7 +60,8 @@ def read_photo(image, depth_file="", near_is="", depth_model="mini", device="cpu
     full = show.read_image(image)
     size = tuple(full.shape[-2:])
     if min(size) < 32:
-        raise ValueError(f"The picture is {size[1]} x {size[0]} pixels, too small to edit; give at least 32 x 32.")
+        raise ValueError(f"The picture is {size[1]} x {size[0]} pixels, too small to edit; give at least 32 "
+                         "x 32.")
     small, warning = _shrink(full, WORK_SIDE), {}
     if str(depth_file):
         found = depth.given(depth_file, near_is=near_is or None, size=size, trim=2.0).resize(small.shape[-2:])
@@ -69,9 +70,12 @@ def read_photo(image, depth_file="", near_is="", depth_model="mini", device="cpu
         found = models.load_depth(depth_model, device)(small.to(device)).to("cpu")
         where = f"estimated from the picture by the depth model '{depth_model}'"
         if depth_model in ("mini", "mini-depth"):
-            warning = {"read this first": "the depth is a guess by a model that was trained on the Miniature only: "
-                       "of a photograph it knows neither the things nor the metres, so this edit shows the steps, "
-                       "not what they can do. Give DEPTH, or DEPTH_MODEL=depth-anything-v2-metric (fetched once)"}
+            warning = {"read this first": "the depth is a guess by a model that was trained on the "
+                                          "Miniature only: "
+                       "of a photograph it knows neither the things nor the metres, so this edit shows the "
+                       "steps, "
+                       "not what they can do. Give DEPTH, or DEPTH_MODEL=depth-anything-v2-metric (fetched "
+                       "once)"}
     focal, said = _focal(image, full)
     origin = {"photograph": Path(image).name, "depth": where, "focal length": said} | warning
     return Photo(full, small, found, focal, Path(image).name, origin)
@@ -113,8 +117,8 @@ def read_cutout(insert, model="mini", seed=0, device="cpu") -> tuple[torch.Tenso
     """(RGBA (1, 4, h, w) or None, kind, where it comes from) of a cut-out file, or of words ("red chair").
 
     Words with the mini: "red chair" is rendered by the Miniature, "draw red chair" is drawn by the mini's own
-    diffusion model and cut out by the judge (rough). Other models paint the object into the picture themselves
-    (None). "": a blue chair, rendered.
+    diffusion model and cut out by the judge (rough). Other models paint the object into the picture
+    themselves (None). "": a blue chair, rendered.
     """
     if not str(insert):
         origin = "none given: a blue chair of the Miniature, rendered in a light of its own"
@@ -123,7 +127,8 @@ def read_cutout(insert, model="mini", seed=0, device="cpu") -> tuple[torch.Tenso
     if path.is_file() or path.suffix:
         rgba = featglac.check_rgba(show.read_image(path, mode="rgba"), path.name)
         if rgba[:, 3].min() > 0.5:
-            raise ValueError(f"{path.name} has no transparent pixel, so it is a picture and not a cut-out; give an "
+            raise ValueError(f"{path.name} has no transparent pixel, so it is a picture and not a cut-out; "
+                             "give an "
                              f"RGBA PNG whose background is transparent.")
         return _trim(rgba), "cut-out", f"the cut-out file {path.name}, in the light it was photographed in"
     words = words_of(insert)
@@ -145,8 +150,10 @@ def words_of(insert) -> str:
 def _words(words) -> tuple[str, str]:
     found = [[w for w in words.split() if w in known] for known in (scenes.KINDS, scenes.COLOURS)]
     if not all(found):
-        raise ValueError(f"INSERT='{words}' is neither a file nor words the mini knows; write a colour and a thing, "
-                         f"such as 'red chair' (colours: {', '.join(scenes.COLOURS)}; things: {', '.join(scenes.KINDS)}).")
+        raise ValueError(f"INSERT='{words}' is neither a file nor words the mini knows; write a colour and "
+                         "a thing, "
+                         f"such as 'red chair' (colours: {', '.join(scenes.COLOURS)}; things: "
+                         f"{', '.join(scenes.KINDS)}).")
     return found[0][0], found[1][0]
 
 
@@ -174,10 +181,12 @@ def _drawn(kind, colour, seed, device, tries=8):
     best = int(score.argmax())
     alpha = _largest_piece(mine[best:best + 1])
     if score[best] < 60 or alpha.sum() < 60:
-        raise ValueError(f"The mini drew no whole {name} in {tries} tries; choose another SEED or other words, or "
+        raise ValueError(f"The mini drew no whole {name} in {tries} tries; choose another SEED or other "
+                         "words, or "
                          f"give a cut-out file.")
-    big = F.interpolate(torch.cat([drawn[best:best + 1], alpha], 1), scale_factor=3, mode="bicubic").clamp(0, 1)
-    alpha = ((F.avg_pool2d(big[:, 3:], 5, 1, 2) - 0.5) * 3 + 0.5).clamp(0, 1)  # a smooth outline, a pixel soft
+    layer = torch.cat([drawn[best:best + 1], alpha], 1)
+    big = F.interpolate(layer, scale_factor=3, mode="bicubic").clamp(0, 1)
+    alpha = ((F.avg_pool2d(big[:, 3:], 5, 1, 2) - 0.5) * 3 + 0.5).clamp(0, 1)  # smooth, and a pixel soft
     return _trim(torch.cat([big[:, :3], alpha], 1))
 
 
@@ -308,7 +317,8 @@ def stand(photo: Photo, at, cutout, kind="cut-out", where="auto", height="auto")
     if y > 1:
         notes.append("the floor at this depth is below the picture's edge, so the object's foot is cut off")
     if not 0 < y - 0.5 * size < 1:
-        raise ValueError(f"At AT={at} the object would stand outside the picture; choose another AT, or WHERE='x,y'.")
+        raise ValueError(f"At AT={at} the object would stand outside the picture; choose another AT, or "
+                         "WHERE='x,y'.")
     return Place(x, y, size, d, metres, floor, tuple(notes))
 
 
@@ -321,7 +331,8 @@ def _where(where):
         if len(numbers) not in (1, 2) or not all(0 <= n <= 1 for n in numbers):
             raise ValueError
     except ValueError:
-        raise ValueError(f"WHERE='{where}' is not a place; write 'auto', a column such as '0.4', or a foot such "
+        raise ValueError(f"WHERE='{where}' is not a place; write 'auto', a column such as '0.4', or a foot "
+                         "such "
                          f"as '0.4,0.8', each from 0 to 1.") from None
     return numbers[0], numbers[1] if len(numbers) == 2 else None
 
@@ -335,13 +346,17 @@ def _height(photo, d, metres, height, kind, notes) -> float:
             return 0.45 * (1 - 0.6 * d)
         text = f"{METRES[kind]}m"
         notes.append(f"its real height is taken as {text}; say HEIGHT for another")
-    number, real = depth._parse_at(text)
+    number = 0.0
+    with contextlib.suppress(ValueError):
+        number, real = depth.parse_at(text)
     if number <= 0 or (not real and number > 2):
-        raise ValueError(f"HEIGHT={height} is no height; write metres (0.9m), or a part of the picture (0.3).")
+        raise ValueError(f"HEIGHT={height} is no height; write metres (0.9m), or a part of the picture "
+                         "(0.3).")
     if not real:
         return number
     if metres is None:
-        raise ValueError(f"HEIGHT={height} needs metric depth; this is {photo.depth.kind}: give a part such as 0.3.")
+        raise ValueError(f"HEIGHT={height} needs metric depth; this is {photo.depth.kind}: give a part such "
+                         "as 0.3.")
     return photo.focal * ratio * number / metres
 
 
@@ -398,7 +413,8 @@ def on_floor(found: depth.DepthMap, floor: Floor | None, tolerance=0.03) -> torc
     if floor is None:
         return torch.zeros_like(found.values)
     expected = floor.over(found.size)
-    return ((inverse_depth(found.values, found) - expected).abs() < tolerance * expected.clamp_min(1e-3)).float()
+    off = (inverse_depth(found.values, found) - expected).abs()
+    return (off < tolerance * expected.clamp_min(1e-3)).float()
 
 
 def _hides(found, d, floor) -> torch.Tensor:
@@ -467,9 +483,11 @@ def composites(photo: Photo, place: Place, cutout, origin="") -> Shot:
     alpha = layer[:, 3:]
     seen = alpha * (1 - hidden_by)
     if seen.max() < 0.5:
-        raise ValueError("At this place the object is wholly hidden by what is nearer; choose a smaller AT, or WHERE.")
-    facts = {"object": {"from": origin, "height_px": round(place.height * size[0]), "foot": [place.x, place.y],
-                        "visible_share": round(float(seen.sum() / alpha.sum()), 3), "painted": cutout is None},
+        raise ValueError("At this place the object is wholly hidden by what is nearer; choose a smaller AT, "
+                         "or WHERE.")
+    share = round(float(seen.sum() / alpha.sum()), 3)
+    facts = {"object": {"from": origin, "height_px": round(place.height * size[0]), 
+                        "foot": [place.x, place.y], "visible_share": share, "painted": cutout is None},
              "layers": deglad.statistics(cut, photo.depth)}
     return Shot(photo, place, cut, layer, hidden_by, featglac.over(layer[:, :3], alpha, photo.image),
                 featglac.over(layer[:, :3], seen, photo.image), facts=facts)
@@ -509,7 +527,8 @@ def window(shot: Shot, model_size: int) -> tuple[int, int, int]:
     return start[0], start[1], side
 
 
-def with_model(shot: Shot, pipe, prompt="", mechanism="inject", generator=None, inpaint_pipe=None, **settings) -> Shot:
+def with_model(shot: Shot, pipe, prompt="", mechanism="inject", generator=None, inpaint_pipe=None,
+               **settings) -> Shot:
     """Edit at the model's size in a window, and bring only the change back to the full picture.
 
     pipe: a Stable-Diffusion-shaped pipeline; settings: fields of featglac.Settings (steps, noise_level, ...).
@@ -527,19 +546,20 @@ def with_model(shot: Shot, pipe, prompt="", mechanism="inject", generator=None, 
     alpha = premultiplied[:, 3:].clamp(0, 1)
     layer = torch.cat([(premultiplied[:, :3] / alpha.clamp_min(1e-4)).clamp(0, 1) * (alpha > 0), alpha], 1)
     background, hidden_by = to_model(shot.photo.image).clamp(0, 1), to_model(shot.hidden_by).clamp(0, 1)
-    device = pipe.unet.device
-    options = dict(generator=generator, inpaint_pipe=inpaint_pipe, space=_space(shot, box, size, layer), **settings)
-    cost = None
+    device, cost = pipe.unet.device, featglac.Cost()
+    space = _space(shot, box, size, layer)
     if painted:
-        layer, cost = featglac.paint_object(pipe, background.to(device), hidden_by.to(device), alpha.to(device), prompt,
-                                            inpaint_pipe, settings.get("steps", featglac.Settings.steps), generator)
+        steps = settings.get("steps", featglac.Settings.steps)
+        layer, cost = featglac.paint_object(pipe, background.to(device), hidden_by.to(device),
+                                            alpha.to(device), prompt, inpaint_pipe, steps, generator)
         layer = layer.cpu()
-    edit = featglac.compose_layers(pipe, background.to(device), layer.to(device), hidden_by.to(device), prompt,
-                                   mechanism, **options)
+    edit = featglac.compose_layers(
+        pipe, background.to(device), layer.to(device), hidden_by.to(device), prompt, mechanism,
+        generator=generator, inpaint_pipe=inpaint_pipe, space=space, **settings)
     start = _paint_in(shot, layer, box) if painted else shot.paste
-    return replace(shot, paste=start, result=_bring_back(start, edit, shot, box),
-                   facts=shot.facts | {"model": _model_facts(edit if cost is None else featglac.and_cost(edit, cost),
-                                                             pipe, size, (top, left, side))})
+    facts = _model_facts(featglac.and_cost(edit, cost), pipe, size, (top, left, side))
+    result = _bring_back(start, edit, shot, box)
+    return replace(shot, paste=start, result=result, facts=shot.facts | {"model": facts})
 
 
 def _space(shot, box, size, layer) -> light.Space | None:
@@ -557,12 +577,13 @@ def _space(shot, box, size, layer) -> light.Space | None:
     if place.floor:
         flat = 1 / place.floor.over(photo.depth.size).clamp_min(1e-3)
         metres = torch.where(on_floor(photo.depth, place.floor) > 0, flat, metres)
-    metres = F.interpolate(F.interpolate(metres, (h, w), mode="nearest-exact")[box], (size, size), mode="nearest-exact")
+    nearest = lambda x, to: F.interpolate(x, to, mode="nearest-exact")  # noqa: E731 (depth is never averaged)
+    metres = nearest(nearest(metres, (h, w))[box], (size, size))
     fov = math.degrees(2 * math.atan(side / 2 / (photo.focal * w)))
     centre = ((w / 2 - columns.start) / side, (h / 2 - rows.start) / side)
     picture = _resize(photo.image[box], (size, size)).clamp(0, 1)
-    return light.Space(picture, metres, metres, torch.full_like(metres, place.metres), layer[:, 3:], fov, centre,
-                       colour=layer[:, :3])
+    caster = torch.full_like(metres, place.metres)
+    return light.Space(picture, metres, metres, caster, layer[:, 3:], fov, centre, colour=layer[:, :3])
 
 
 def _paint_in(shot, layer, box):
@@ -579,8 +600,8 @@ def _bring_back(start, edit, shot, box) -> torch.Tensor:
     """start with the enlarged change, inside the ring, not on what stands in front of the object.
 
     With decode="relight" the change is a factor (light multiplies, so the photograph keeps its texture under
-    a shadow); else it is a difference. The two sides of the object's outline are enlarged apart, each with its
-    own change, or the coarse pixels that hold some of both would leave a rim around the object.
+    a shadow); else it is a difference. The two sides of the object's outline are enlarged apart, each with
+    its own change, or the coarse pixels that hold some of both would leave a rim around the object.
     """
     side = shot.photo.image[box].shape[-2:]
     after, before = edit.image.float().cpu(), edit.composite.float().cpu()
@@ -601,9 +622,8 @@ def _bring_back(start, edit, shot, box) -> torch.Tensor:
 
 def _carried_on(change, part, reach=5) -> torch.Tensor:
     """`change` on `part`, and beside it the mean of what is near on that side; far from it as it was."""
-    both = F.avg_pool2d(torch.cat([change * part, part], 1), reach, 1, reach // 2)
-    near = both[:, -1:] > 0
-    return torch.where(near & (part == 0), both[:, :-1] / both[:, -1:].clamp_min(1e-6), change)
+    beside = (F.max_pool2d(part, reach, 1, reach // 2) > 0) & (part == 0)
+    return torch.where(beside, featglac.mean_under(change, part, torch.ones(reach)), change)
 
 
 def _fade(image, box) -> torch.Tensor:
@@ -614,7 +634,8 @@ def _fade(image, box) -> torch.Tensor:
     far = torch.full((1,), 1e9)
     def ramp(a, b, size):
         i = torch.arange(b - a).float()
-        return torch.minimum(i + 0.5 if a > 0 else far, (b - a) - i - 0.5 if b < size else far).div(n).clamp(0, 1)
+        before, after = i + 0.5 if a > 0 else far, (b - a) - i - 0.5 if b < size else far
+        return torch.minimum(before, after).div(n).clamp(0, 1)
     return ramp(y0, y1, h)[None, None, :, None] * ramp(x0, x1, w)[None, None, None, :]
 
 
@@ -625,7 +646,8 @@ def _resize(x, size):
 def _model_facts(edit, pipe, size, where) -> dict:
     change, sun = edit.image - edit.composite, edit.light
     found = sun and {"azimuth": sun.azimuth, "elevation": sun.elevation, "evidence": round(sun.evidence, 1)}
-    return {"light": found, "mechanism": edit.mechanism, "from": getattr(pipe, "loaded_from", "a pipeline in memory"),
+    return {"light": found, "mechanism": edit.mechanism, "from": getattr(pipe, "loaded_from", "a pipeline "
+                                                                                              "in memory"),
             "window": {"top": where[0], "left": where[1], "side": where[2]}, "model_size": size,
             "unet_passes": edit.passes, "seconds": round(edit.seconds, 2),
             "mean_change": round(float(change.abs().mean()), 5),
@@ -657,8 +679,10 @@ def whole_folder(output):
 
 
 def _check_output(output: Path):
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "report.md").is_file())):
-        raise ValueError(f"OUTPUT={output} exists and is not the output of an earlier edit; give a new folder name.")
+    earlier = output.is_dir() and (not any(output.iterdir()) or (output / "report.md").is_file())
+    if output.exists() and not earlier:
+        raise ValueError(f"OUTPUT={output} exists and is not the output of an earlier edit; give a new "
+                         "folder name.")
 
 
 def save(shot: Shot, output, settings: dict | None = None) -> Path:
@@ -677,7 +701,8 @@ def save(shot: Shot, output, settings: dict | None = None) -> Path:
         show.save_image(shot.photo.depth.values, folder / "depth_01.png", bits=16)
         show.save_image(show.colour_depth(shot.photo.depth), folder / "depth.png")
         overview(shot, folder / "overview.png")
-        (folder / "depth_statistics.json").write_text(json.dumps(shot.photo.depth.statistics(), indent=1) + "\n")
+        statistics = json.dumps(shot.photo.depth.statistics(), indent=1)
+        (folder / "depth_statistics.json").write_text(statistics + "\n")
         facts = report_facts(shot, settings)
         (folder / "facts.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
         text = report_text(shot, facts)
@@ -712,8 +737,8 @@ def report_facts(shot: Shot, settings=None) -> dict:
     same = (_bytes(final) == _bytes(image)).all(1)
     return {"picture": {"name": shot.photo.name, "width": image.shape[-1], "height": image.shape[-2]},
             "at": {"value_01": round(float(shot.place.at), 4), "metres": shot.place.metres},
-            "place": {"x": round(shot.place.x, 4), "y": round(shot.place.y, 4), "notes": list(shot.place.notes),
-                      "floor_found": shot.place.floor is not None},
+            "place": {"x": round(shot.place.x, 4), "y": round(shot.place.y, 4),
+                      "notes": list(shot.place.notes), "floor_found": shot.place.floor is not None},
             "untouched_share": round(float(same.float().mean()), 4), "origin": shot.photo.origin,
             "settings": settings or {}} | shot.facts
 
@@ -725,13 +750,15 @@ def _bytes(x):
 def report_text(shot: Shot, facts: dict) -> str:
     """The report in Markdown: what came from what, the numbers, and the limits."""
     stats, place, model = shot.photo.depth.statistics(), facts["place"], facts.get("model")
-    at = f"{facts['at']['value_01']:.2f}" + (f" ({facts['at']['metres']:.2f} m)" if facts["at"]["metres"] else "")
+    metres = facts["at"]["metres"]
+    at = f"{facts['at']['value_01']:.2f}" + (f" ({metres:.2f} m)" if metres else "")
     origin, found = facts["origin"], "found" if place["floor_found"] else "not found"
     span = f"{stats['near_m']:.2f} m to {stats['far_m']:.2f} m" if "near_m" in stats else "no metres"
     first = [f"Read this first: {origin['read this first']}.", ""] if "read this first" in origin else []
     lines = [f"# Edit of {facts['picture']['name']} at depth {at}", "", *first,
              "![overview](overview.png)", "", "## What came from what", "", "| part | from |", "|---|---|",
-             f"| picture | {origin['photograph']}, {facts['picture']['width']} x {facts['picture']['height']} |",
+             f"| picture | {origin['photograph']}, {facts['picture']['width']} x "
+             f"{facts['picture']['height']} |",
              f"| depth | {origin['depth']} |",
              f"| object | {facts['object']['from']} |",
              f"| its place and size | the floor's plane in the depth map, {found}; focal length "
@@ -739,16 +766,19 @@ def report_text(shot: Shot, facts: dict) -> str:
              "| 2-D paste, depth-aware paste | computed from these; no model |",
              f"| finished picture | {_model_words(model)} |", f"| its light | {_light_words(model)} |", "",
              "## Numbers", "", "| | |", "|---|---|",
-             f"| depth | {stats['kind']}, {span}, {100 * stats['measured_share']:.1f} % of the pixels measured |",
+             f"| depth | {stats['kind']}, {span}, {100 * stats['measured_share']:.1f} % of the pixels "
+             "measured |",
              f"| nearer than AT | {100 * facts['layers']['fg_share']:.1f} % of the picture |",
              f"| object | {facts['object']['height_px']} pixels high, foot at ({place['x']:.2f}, "
              f"{place['y']:.2f}), {100 * facts['object']['visible_share']:.0f} % of it visible |",
-             f"| untouched | {100 * facts['untouched_share']:.1f} % of the pixels are the photograph's own, bit "
+             f"| untouched | {100 * facts['untouched_share']:.1f} % of the pixels are the photograph's own, "
+             "bit "
              f"for bit |"]
     if model:
         lines += [f"| model | window of {model['window']['side']} pixels worked on at {model['model_size']}, "
                   f"{model['unet_passes']} U-Net passes, {model['seconds']} s |"]
-    lines += ["", "## What to keep in mind", ""] + [f"* {note}." for note in (*place["notes"], *_limits(shot, model))]
+    notes = (*place["notes"], *_limits(shot, model))
+    lines += ["", "## What to keep in mind", ""] + [f"* {note}." for note in notes]
     return "\n".join(lines) + "\n"
 
 
@@ -760,7 +790,8 @@ def _model_words(model) -> str:
     own = "mini" in Path(str(model["from"]).split(" ")[0]).name
     taught = ", trained on the Miniature only: it has never seen a photograph" if own else ""
     name = Path(str(model["from"])).name
-    return f"{model['mechanism']} with the model from {name}{taught}; only its change went into the photograph"
+    return (f"{model['mechanism']} with the model from {name}{taught}; "
+            "only its change went into the photograph")
 
 
 def _light_words(model) -> str:
@@ -768,25 +799,33 @@ def _light_words(model) -> str:
         return "not run"
     sun, drawn = model["light"], model["unet_passes"] > 0
     if not sun:
-        return f"{'the model alone' if drawn else 'each part keeps its own'}; the depth map was not asked for a shadow"
+        whose = "the model alone" if drawn else "each part keeps its own"
+        return f"{whose}; the depth map was not asked for a shadow"
     share, side = model["settings"], "right" if sun["azimuth"] > 0 else "left"
-    return (f"the depth map says where the shadow falls and which side is bright, for a sun {sun['elevation']} degrees "
-            f"high, {abs(sun['azimuth'])} degrees to the {side} of straight ahead (evidence {sun['evidence']} nats; "
-            f"below 8 it is a guess)" + f"; from the model, {share['faint']:.0%} of its change around the object and "
+    return (f"the depth map says where the shadow falls and which side is bright, for a sun "
+            f"{sun['elevation']} degrees "
+            f"high, {abs(sun['azimuth'])} degrees to the {side} of straight ahead (evidence "
+            f"{sun['evidence']} nats; "
+            f"below 8 it is a guess)" + f"; from the model, {share['faint']:.0%} of its change around the "
+                                        "object and "
                                         f"{share['own']:.0%} of its change on it" * drawn)
 
 
 def _limits(shot, model) -> list[str]:
     out = ["the filled background is a guess from its surroundings; nobody photographed what is behind"]
     if model and "mini" in str(model["from"]):
-        out.append("light and shadow are worked out for one sun and matt surfaces, and by a model that has seen "
-                   "rendered rooms only: on photographs read them as a hint, and judge the method by the benchmark on "
+        out.append("light and shadow are worked out for one sun and matt surfaces, and by a model that has "
+                   "seen "
+                   "rendered rooms only: on photographs read them as a hint, and judge the method by the "
+                   "benchmark on "
                    "unseen Miniature scenes; MODEL=\"sd15\" uses a large model")
     if shot.facts["object"]["visible_share"] > 0.99:
-        out.append("nothing nearer was found in front of the object; if something should hide it, this depth map "
+        out.append("nothing nearer was found in front of the object; if something should hide it, this "
+                   "depth map "
                    "does not show it: give a DEPTH, a larger DEPTH_MODEL, or another WHERE")
     if shot.photo.depth.valid.mean() < 1:
-        out.append("where the sensor measured nothing, the nearest measurement stands in: edges there may be wrong")
+        out.append("where the sensor measured nothing, a measurement beside it stands in: edges there may "
+                   "be wrong")
     out.append("the object is flat: it stands at one depth, and turns neither to the camera nor to the light")
     return out
 

@@ -61,7 +61,8 @@ def with_model(pipe, image, fill_mask, prompt="", steps=50, guidance_scale=7.5, 
     _check(image, fill_mask)
     channels = getattr(getattr(pipe, "unet", None), "config", {}).get("in_channels")
     if channels not in (4, 9):
-        raise ValueError(f"with_model needs a pipeline whose U-Net takes 4 or 9 channels; this takes {channels}.")
+        raise ValueError(f"with_model needs a pipeline whose U-Net takes 4 or 9 channels; this takes "
+                         f"{channels}.")
     if channels == 9 and not hasattr(pipe, "mask_processor"):
         raise ValueError("a 9-channel U-Net needs its StableDiffusionInpaintPipeline: load 'mini-inpaint' "
                          "or 'sd15-inpaint'.")
@@ -103,38 +104,26 @@ def blended_latents(pipe, image, fill_mask, prompt="", steps=50, guidance_scale=
     """
     # The hole is emptied first: the encoder looks a few pixels past a latent cell's edge.
     known = latents.encode(pipe, telea(image, (fill_mask > 0).float()))
-    hole = F.adaptive_max_pool2d(fill_mask, known.shape[-2:]).to(known)   # a latent touched by the hole is hole
-    noise = torch.randn(known.shape, generator=generator).to(known)
-    scheduler = pipe.scheduler
-    scheduler.set_timesteps(steps, device=known.device)
-    times = scheduler.timesteps
-    text = diffusion.embed(pipe, _prompts(prompt, len(image))).to(known)
-    if guidance_scale != 1.0:
-        none = diffusion.embed(pipe, [negative_prompt] * len(image)).to(known)
-        text = torch.cat([none, text])
-    z = noise * scheduler.init_noise_sigma
-    for i, t in enumerate(times):
-        x = scheduler.scale_model_input(torch.cat([z, z]) if guidance_scale != 1.0 else z, t)
-        eps = pipe.unet(x, t, encoder_hidden_states=text).sample
-        if guidance_scale != 1.0:
-            without, with_text = eps.chunk(2)
-            eps = without + guidance_scale * (with_text - without)
-        z = scheduler.step(eps, t, z).prev_sample
-        last = i + 1 == len(times)
-        there = known if last else scheduler.add_noise(known, noise, times[i + 1:i + 2].expand(len(z)))
-        z = hole * z + (1 - hole) * there
+    hole = F.adaptive_max_pool2d(fill_mask, known.shape[-2:]).to(known)   # any cell that the hole touches
+    z = noise = torch.randn(known.shape, generator=generator).to(known)
+    scheduler, text = diffusion.ddim(pipe, steps), diffusion.embed(pipe, _prompts(prompt, len(image)))
+    none = diffusion.embed(pipe, [negative_prompt] * len(image)) if guidance_scale != 1.0 else None
+    for t in scheduler.timesteps.tolist():
+        output = diffusion.predict(pipe, z, t, text, none, guidance_scale)
+        z, below = diffusion.ddim_step(scheduler, output, t, z), diffusion.previous(scheduler, t)
+        z = put_back(scheduler, z, known, hole, below, "noised" if below >= 0 else "clean", noise)
     return latents.decode(pipe, z)
 
 
 # --- PatchMatch: the picture repairs itself -----------------------------------------------------------------
 
 def windows(picture, size):
-    """(C, H, W) -> all its patches (h * w, C * size * size), row by row; h = H - size + 1, w = W - size + 1."""
+    """(C, H, W) -> its patches (h * w, C * size * size), row by row; h = H - size + 1, w = W - size + 1."""
     return F.unfold(picture[None], size)[0].T.contiguous()
 
 
 def clear_patches(hole, size):
-    """(H, W) bool, True = hole -> (h, w) bool: which patches hold no hole at all, and so may be copied from."""
+    """(H, W) bool, True = hole -> (h, w) bool: which patches hold no hole at all, and may be copied from."""
     return F.max_pool2d(hole[None, None].float(), size, 1)[0, 0] == 0
 
 
@@ -224,7 +213,8 @@ def vote(patches, match, grid, size, trust=None, sharp=2.0):
     Weights fall with the distance, exp(-sharp d / q) with q the 75 % quantile of the distances (Wexler et al.
     2007), and with a patch's own trust (h * w,)."""
     h, w = grid[0] + size - 1, grid[1] + size - 1
-    weight = torch.exp(-sharp * match.distance / match.distance.quantile(0.75).clamp(min=1e-8)).clamp(min=1e-6)
+    usual = match.distance.quantile(0.75).clamp(min=1e-8)
+    weight = torch.exp(-sharp * match.distance / usual).clamp(min=1e-6)
     weight = weight if trust is None else weight * trust[match.places]
     ones = torch.ones(len(weight), size * size)
     columns = torch.zeros(len(patches), patches.shape[1] + size * size)
@@ -268,7 +258,7 @@ def _patchmatch_one(image, hole, size, iterations, rounds, coarsest, near, gener
     levels = [level for level in levels if _clear(level[1], size)]
     now, match = peel(*levels[-1], size, near), None
     for picture, mask in reversed(levels):
-        if match is not None:                                             # what was found in small, twice as large
+        if match is not None:                                             # found in small, twice as large
             now = F.interpolate(now, picture.shape[-2:], mode="bilinear")
             match = _Level(now, picture, mask, size, near, generator, match.larger(picture.shape[-2:]))
             match.vote(2.0)
@@ -299,8 +289,8 @@ class _Level:
         self.match = self._match()
 
     def _match(self):
-        return PatchMatch(windows(self.now[0], self.size), self.grid, ~self.allowed, self.allowed, self.generator,
-                          self.field, self.trust.repeat(1, 3), self.near)
+        return PatchMatch(windows(self.now[0], self.size), self.grid, ~self.allowed, self.allowed,
+                          self.generator, self.field, self.trust.repeat(1, 3), self.near)
 
     def search(self, iterations):
         self.match = self._match().run(iterations)
@@ -344,7 +334,7 @@ def peel(image, hole, size, near=0.0):
     return image
 
 
-# --- scene completion: another picture repairs this one -------------------------------------------------------
+# --- scene completion: another picture repairs this one ---------------------------------------------------
 
 class SceneLibrary:
     """A database of pictures, kept as plain data and thumbnails: rooms of the Miniature's *training* split.
@@ -374,22 +364,22 @@ class SceneLibrary:
 
 
 def descriptor(image):
-    """What a scene looks like from afar, (B, 9, H, W): colour, and how light changes across and down (weighted)."""
+    """What a scene looks like from afar, (B, 9, H, W): colour, and how light changes across and down."""
     grey = image.mean(1, keepdim=True)
     gx = F.pad(grey[..., 1:] - grey[..., :-1], (0, 1))
     gy = F.pad(grey[..., 1:, :] - grey[..., :-1, :], (0, 0, 0, 1))
-    return torch.cat([image, 2 * gx.clamp(min=0), 2 * (-gx).clamp(min=0), 2 * gy.clamp(min=0), 2 * (-gy).clamp(min=0),
-                      2 * (gx + gy).clamp(min=0), 2 * (-gx - gy).clamp(min=0)], 1)
+    ways = (gx, -gx, gy, -gy, gx + gy, -gx - gy)
+    return torch.cat([image, *(2 * way.clamp(min=0) for way in ways)], 1)
 
 
 def similar_scenes(image, fill_mask, library, k=4):
-    """The k entries of the library most like the known part of one picture: (indices (k,), distances (k,))."""
+    """The k entries of the library most like a picture's known part: (indices (k,), distances (k,))."""
     small, hole = image, (fill_mask > 0).float()
     factor = max(1, max(image.shape[-2:]) // library.size)
     small, hole = shrink(small, hole, factor)
     small = F.interpolate(small, (library.size,) * 2, mode="bilinear")
     hole = F.adaptive_max_pool2d(hole, (library.size,) * 2)
-    inside = F.max_pool2d(hole, 3, 1, 1)                                  # gradients at the rim look into the hole
+    inside = F.max_pool2d(hole, 3, 1, 1)                                  # gradients at the rim look inside
     known = (1 - inside) if (inside < 1).any() else (1 - hole)
     gap = (descriptor(library.thumbs) - descriptor(small)).square() * known
     distance = gap.sum((1, 2, 3)) / known.sum().clamp(min=1)
@@ -398,7 +388,7 @@ def similar_scenes(image, fill_mask, library, k=4):
 
 
 def align(candidate, image, fill_mask, reach=12, context=12):
-    """Shift a candidate so that it fits best in a ring around the hole: (shifted (1, 3, H, W), error, (dy, dx))."""
+    """Shift a candidate so that it fits best around the hole: (shifted (1, 3, H, W), error, (dy, dx))."""
     hole = (fill_mask > 0).float()
     ring = dilate(hole, context) - hole
     ring = ring if ring.any() else 1 - hole
@@ -427,7 +417,7 @@ def cheapest_seam(image, candidate, fill_mask, band=8):
     near = (dilate((fill_mask > 0).float(), band)[0, 0].cpu().numpy() > 0)
     cost = (image - candidate).abs().sum(1)[0].cpu().numpy()
     cost[hole] = 0
-    number = np.cumsum(near & ~hole).reshape(hole.shape) + 1              # 0: keep everything else, 1: the hole
+    number = np.cumsum(near & ~hole).reshape(hole.shape) + 1              # 0: all that stays, 1: the hole
     number[~near], number[hole] = 0, 1
     pairs = [(number[:, 1:], number[:, :-1], cost[:, 1:] + cost[:, :-1]),
              (number[1:], number[:-1], cost[1:] + cost[:-1])]
@@ -487,17 +477,17 @@ def scene_completion(image, fill_mask, library=None, k=4, band=0):
     """
     _check(image, fill_mask)
     library = library or default_library()
-    masks = fill_mask.expand(len(image), -1, -1, -1)
+    pictures, masks = image.cpu().float(), fill_mask.cpu().expand(len(image), -1, -1, -1)
     out = []
-    for one, mask in zip(image.split(1), masks.split(1)):
+    for one, mask in zip(pictures.split(1), masks.split(1)):
         empty = telea(one, (mask > 0).float())                            # nothing looks into the hole
         order, _ = similar_scenes(one, mask, library, k)
         tries = [align(library.picture(i, one.shape[-2:]), empty, mask) for i in order]
         best = min(tries, key=lambda t: t[1])[0]
         take = cheapest_seam(empty, best, mask, band) if band else (mask > 0).float()
-        made = poisson(empty, best, take)
-        out.append(made if band else composite(one, made, mask))
-    return torch.cat(out)
+        out.append(poisson(empty, best, take))
+    made = torch.cat(out).to(image)
+    return made if band else composite(image, made, fill_mask)
 
 
 @functools.lru_cache(maxsize=1)
@@ -542,7 +532,8 @@ class FillNet(nn.Module):
 
     def forward(self, image, fill_mask):
         if image.shape[-1] % 8 or image.shape[-2] % 8:
-            raise ValueError(f"FillNet takes sides that are multiples of 8; this picture is {tuple(image.shape)}.")
+            raise ValueError(f"FillNet takes sides that are multiples of 8; this picture is "
+                             f"{tuple(image.shape)}.")
         hole = (fill_mask > 0).to(image).expand(len(image), -1, -1, -1)
         x = F.pixel_unshuffle(torch.cat([(image * 2 - 1) * (1 - hole), hole], 1), 2)
         half = self.enter(x)
@@ -565,19 +556,20 @@ class FillNet(nn.Module):
 
     @classmethod
     def load(cls, folder, device="cpu"):
-        """The network of a folder, float32, frozen. FileNotFoundError when it is not there, with the way out."""
+        """The network of a folder, float32, frozen. FileNotFoundError, with the way out, if it is missing."""
         from safetensors.torch import load_file
         folder = Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"no {name} in {folder}: get the whole repository again, or make it with "
+                raise FileNotFoundError(f"no {name} in {folder}: get the whole repository again, or make it "
+                                        "with "
                                         "`python -m lib.train fillnet export --only fillnet`")
         net = cls(**json.loads((folder / "config.json").read_text()))
         net.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
         return net.to(device).eval().requires_grad_(False)
 
 
-# --- diffusion in pixels: one unconditional network, three ways to hold the known part -------------------------
+# --- diffusion in pixels: one unconditional network, three ways to hold the known part --------------------
 
 def put_back(scheduler, x, x0, fill_mask, t, known="noised", noise=None):
     """x at noise level t with its known part replaced: m * x_0' + (1 - m) * x, with m = 1 - fill_mask.
@@ -640,8 +632,8 @@ def repaint_times(timesteps, length=10, times=3):
 
 
 @torch.no_grad()
-def fill_pixels(eps, scheduler, image, fill_mask, steps=50, known="noised", jump=(10, 1), eta=1.0, generator=None,
-                on_step=None):
+def fill_pixels(eps, scheduler, image, fill_mask, steps=50, known="noised", jump=(10, 1), eta=1.0,
+                generator=None, on_step=None):
     """Fill with an unconditional pixel-space network, at its own size.
 
     eps: function (x (B, 3, H, W) in about [-1, 1], t) -> predicted noise. known: "clean" or "noised"
@@ -696,7 +688,7 @@ def _to_side(image, hole, size):
     return (F.interpolate(emptied, (size, size), mode="bilinear", antialias=True).clamp(0, 1),
             F.adaptive_max_pool2d(hole, size))
 
-# --- all of them by name --------------------------------------------------------------------------------------
+# --- all of them by name ----------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=1)
 def load_fillnet(folder=None):
@@ -707,29 +699,31 @@ def load_fillnet(folder=None):
 
 @torch.no_grad()
 def fillnet(image, fill_mask, net=None):
-    """One pass through the context network: one answer. Any size (padded to a multiple of 8)."""
+    """One pass through the context network, where it lies (the shipped one: on the CPU): one answer. Any size
+    (padded to a multiple of 8)."""
     _check(image, fill_mask)
     net = net or load_fillnet()
+    weight = next(net.parameters())
     h, w = image.shape[-2:]
     extra = (0, -w % 8, 0, -h % 8)
-    hole = F.pad((fill_mask > 0).to(image).expand(len(image), -1, -1, -1), extra)
-    out = net(F.pad(image, extra, mode="replicate"), hole)[..., :h, :w]
+    hole = F.pad((fill_mask > 0).to(weight).expand(len(image), -1, -1, -1), extra)
+    out = net(F.pad(image.to(weight), extra, mode="replicate"), hole)[..., :h, :w]
     return composite(image, out, fill_mask)
 
 
 @functools.lru_cache(maxsize=1)
 def teaching_model():
-    """(eps(x, t), scheduler) of lesson 03's teaching U-Net, unconditional, 64 x 64."""
+    """(eps(x, t), scheduler) of lesson 03's U-Net, unconditional, 64 x 64: on the CPU, wherever x lies."""
     net = diffusion.load_teach()
-    return (lambda x, t: net(x, int(t))), diffusion.teach_scheduler()
+    return (lambda x, t: net(x.cpu().float(), int(t)).to(x)), diffusion.teach_scheduler()
 
 
 def _pixels(known, jump):
     """A filling method with the teaching U-Net."""
     def method(image, fill_mask, steps=50, samples=1, generator=None, jump=jump, model=None):
         eps, scheduler = model or teaching_model()
-        return with_pixels(eps, scheduler, image, fill_mask, steps=steps, samples=samples, generator=generator,
-                           known=known, jump=jump)
+        return with_pixels(eps, scheduler, image, fill_mask, steps=steps, samples=samples,
+                           generator=generator, known=known, jump=jump)
     return method
 
 
@@ -744,11 +738,12 @@ def latent(image, fill_mask, pipe="mini-inpaint", **options):
     return with_model(_latent_model(pipe) if isinstance(pipe, str) else pipe, image, fill_mask, **options)
 
 
-#: Methods by name. The first three need nothing; "patchmatch" the picture alone; "scenes" a database; the others a
-#: model that ships with the course. Those from "ddpm-clean" on are random and take samples=, generator=, steps=.
-METHODS = {"grey": grey, "telea": telea, "biharmonic": biharmonic, "patchmatch": patchmatch, "scenes": scene_completion,
-           "fillnet": fillnet, "ddpm-clean": _pixels("clean", (10, 1)), "ddpm-noised": _pixels("noised", (10, 1)),
-           "repaint": _pixels("noised", (10, 3)), "latent": latent}
+#: Methods by name. The first three need nothing; "patchmatch" the picture alone; "scenes" a database; the
+#: others a model that ships with the course. Those from "ddpm-clean" on are random and take samples=,
+#: generator=, steps=.
+METHODS = {"grey": grey, "telea": telea, "biharmonic": biharmonic, "patchmatch": patchmatch,
+           "scenes": scene_completion, "fillnet": fillnet, "ddpm-clean": _pixels("clean", (10, 1)),
+           "ddpm-noised": _pixels("noised", (10, 1)), "repaint": _pixels("noised", (10, 3)), "latent": latent}
 
 
 def fill(image, fill_mask, method="telea", **options):

@@ -122,7 +122,7 @@ def compression(image, z) -> float:
 
 
 def draw(mean, logvar, noise) -> torch.Tensor:
-    """The reparametrised sample z = mean + sigma * noise, sigma = exp(logvar / 2). (Kingma and Welling 2014.)"""
+    """The reparametrised sample: mean + sigma * noise, sigma = exp(logvar / 2). (Kingma and Welling 2014.)"""
     return mean + (0.5 * logvar).exp() * noise
 
 
@@ -157,7 +157,7 @@ def change_cell(z, channel, amount, x=None, y=None) -> torch.Tensor:
 
 
 def change_map(pipe, z, edited) -> torch.Tensor:
-    """|D(edited) - D(z)|, mean of the colours, before clamping: (B, 1, H, W). z may be one latent for many."""
+    """|D(edited) - D(z)|, mean of the colours, unclamped: (B, 1, H, W). z may be one latent for many."""
     difference = decode(pipe, edited, clamp=False) - decode(pipe, z, clamp=False)
     return difference.abs().mean(1, keepdim=True)
 
@@ -167,7 +167,7 @@ def _with_one(z):
 
 
 def colour_fit(z, image) -> torch.Tensor:
-    """Least squares from a latent cell's C values (and a 1) to its pixels' mean colour: weights (C + 1, 3)."""
+    """Least squares from a latent cell's C values (and a 1) to its pixels' mean colour: (C + 1, 3)."""
     small = torch.nn.functional.interpolate(image.to(z).float(), size=z.shape[-2:], mode="area")
     return torch.linalg.lstsq(_with_one(z), small.movedim(1, -1).flatten(0, 2)).solution
 
@@ -182,10 +182,11 @@ def colour_preview(z, weights) -> torch.Tensor:
 
 
 def bands(image, periods=(4, 8, 16, 32)) -> torch.Tensor:
-    """Mean square of pictures (B, C, H, W), split by the size of detail: fine first, then coarser, -> (bands,).
+    """Mean square of pictures (B, C, H, W), split by the size of detail, fine first: (bands,).
 
-    Band 0 is all waves shorter than periods[0] pixels, the last all waves of periods[-1] pixels and longer, with
-    the mean. They add up to mean(image**2) (Parseval). The picture is mirrored, so that its border makes no edge.
+    Band 0 is all waves shorter than periods[0] pixels, the last all waves of periods[-1] pixels and longer,
+    with the mean. They add up to mean(image**2) (Parseval). The picture is mirrored, so that its border makes
+    no edge.
     """
     if image.ndim != 4 or list(periods) != sorted(set(periods)) or periods[0] <= 0:
         raise ValueError("bands wants pictures (B, C, H, W) and periods that grow, for example (4, 8, 16).")
@@ -208,10 +209,15 @@ def lerp(a, b, w) -> torch.Tensor:
 
 
 def slerp(a, b, w) -> torch.Tensor:
-    """Great-circle interpolation of two latents (per sample), which keeps the norm of Gaussian noise."""
-    flat_a, flat_b = a.flatten(1), b.flatten(1)
+    """Great-circle interpolation of two latents (per sample), which keeps the norm of Gaussian noise.
+
+    Two latents on one line (a pair that is equal, or opposite) have no great circle: they are mixed by
+    `lerp`.
+    """
+    flat_a, flat_b = a.float().flatten(1), b.float().flatten(1)
     cosine = torch.nn.functional.cosine_similarity(flat_a, flat_b, dim=1).clamp(-1, 1)
     angle = torch.arccos(cosine).view(-1, 1, 1, 1)
-    if (angle.sin().abs() < 1e-4).any():
-        return lerp(a, b, w)
-    return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / angle.sin()
+    on_a_line = angle.sin().abs() < 1e-4
+    sine = torch.where(on_a_line, 1.0, angle.sin())
+    arc = (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / sine
+    return torch.where(on_a_line, lerp(a, b, w), arc).to(a.dtype)

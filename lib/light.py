@@ -1,19 +1,21 @@
 """Where the light of a picture comes from, and what it cannot reach: shadows from a depth map (lesson 09).
 
-A diffusion model knows *that* a thing in a room throws a shadow; on a grid of 16 x 16 cells, or 64 x 64, it knows
-only roughly *where*. A depth map in metres knows where a shadow can fall, once the direction of the light is known.
-That direction is looked for in three witnesses, and the best few of a grid of directions are kept, each with its chance:
+A diffusion model knows *that* a thing in a room throws a shadow; on a grid of 16 x 16 cells, or 64 x 64, it
+knows only roughly *where*. A depth map in metres knows where a shadow can fall, once the direction of the
+light is known. That direction is looked for in three witnesses, and the best few of a grid of directions are
+kept, each with its chance:
 * the picture's floor: does it get darker where its own things, seen by the depth map, would hide the light?
-* neighbouring pixels of one colour: is the one that faces the light, and is not hidden from it, the brighter one?
+* neighbouring pixels of one colour: is the one that faces the light, and is not hidden from it, the brighter
+  one?
 * the model's edit: did it darken the surroundings of the new thing where that thing would hide the light?
-`change` turns what was found into a factor: shadows on the surroundings, another shading of the thing (Lambert's law
-on normals from its depth, or from its outline blown up), and a layer's own old shadows lifted.
+`change` turns what was found into a factor: shadows on the surroundings, another shading of the thing
+(Lambert's law on normals from its depth, or from its outline blown up), and a layer's own old shadows lifted.
 
-It believes in one sun, in matt surfaces, and in an ambient light that is the middle of the Miniature's own: knowledge
-of the world that it is measured in, which a photograph need not share.
+It believes in one sun, in matt surfaces, and in an ambient light that is the middle of the Miniature's own:
+knowledge of the world that it is measured in, which a photograph need not share.
 
-Coordinates are the camera's: x to the right, y up, z into the picture; metres. A depth map shows only front sides,
-so a thing is taken to have a thickness, and rays are followed through the map: screen-space shadows.
+Coordinates are the camera's: x to the right, y up, z into the picture; metres. A depth map shows only front
+sides, so a thing is taken to have a thickness, and rays are followed through the map: screen-space shadows.
 """
 from __future__ import annotations
 
@@ -27,19 +29,25 @@ import torch.nn.functional as F
 from . import deglad, depth
 from .scenes import Camera
 
+# What the light of a room may be, and how a picture tells of it. A number without a source is a choice.
 AZIMUTHS = tuple(range(-180, 180, 12))   # degrees from straight ahead, positive = from the right
 ELEVATIONS = (18, 27, 36, 48)            # degrees above the camera's horizon
-AMBIENT = 0.28                           # of the sun's light; what stands in shadow gets this much (the Miniature's middle)
-USUAL = 0.43                             # log of lit / shadowed floor on a screen: AMBIENT under a sun 26 degrees high
-HEARSAY = 0.3                            # what the model's edit weighs as a witness: it tells of the light at second hand
-ALIKE = 0.05                             # log colour ratio (brightness apart) within which two pixels are of one paint
+AMBIENT = 0.28   # of the sun's light: what stands in shadow gets this much (the Miniature's middle)
+USUAL = 0.43     # log of lit / shadowed floor on a screen: AMBIENT under a sun 26 degrees high
+HEARSAY = 0.3    # what the model's edit weighs as a witness: it tells of the light at second hand
+ALIKE = 0.05     # log colour ratio (brightness apart) within which two pixels are of one paint
+LEVEL = 0.85     # cosine to the camera's up from which a surface is floor (32 degrees: the camera looks down)
+THING = 0.6      # metres: how thick the picture's own things are taken to be
+SKIN = 0.04      # metres: a ray starts so far off its surface, and hits what it is so far behind
+SEARCH = 48      # pixels on the shorter side while directions are compared
 
 
 @dataclass(frozen=True)
 class Light:
-    """directions (D, 3) and chances (D,), summing to 1: where the light may come from, likeliest first; azimuth,
-    elevation: of the first, degrees; evidence: by how many nats it explains the witnesses better than no light at all
-    (on validation rooms, nine in ten directions with more than 8 are right within 30 degrees: tests/test_light.py)."""
+    """directions (D, 3) and chances (D,), summing to 1: where the light may come from, likeliest first;
+    azimuth, elevation: of the first, degrees; evidence: by how many nats it explains the witnesses better
+    than no light at all (on validation rooms, nine in ten directions with more than 8 are right within 30
+    degrees: tests/test_light.py)."""
     directions: torch.Tensor
     chances: torch.Tensor
     azimuth: float
@@ -51,13 +59,13 @@ class Light:
 class Space:
     """What is known in metres about a picture and what is put into it. Maps (1, 1, H, W), all of one size.
 
-    picture (1, 3, H, W), metres: the picture whose light counts, and its depth; receiver: depth of what the shadow
-    falls on; caster, opaque: depth and opacity of what is put in; thickness: of that, metres (None: as wide as it
-    is); fov: vertical field of view, degrees; centre: where the camera's axis meets the picture, (x, y) in parts of
-    it. enclosed: the caster's map holds floor and walls too (see `shadows`). already (1, 1, H, W): shadow that the
-    layer put in brings along on its own floor, 0..1 (see `shown`), or None. shape (1, 3, H, W): unit normals of what
-    is put in (None: `inflate`d from its outline); colour (1, 3, H, W): what it looks like in the light it came in;
-    before: that light, where it is known.
+    picture (1, 3, H, W), metres: the picture whose light counts, and its depth; receiver: depth of what the
+    shadow falls on; caster, opaque: depth and opacity of what is put in; thickness: of that, metres (None: as
+    wide as it is); fov: vertical field of view, degrees; centre: where the camera's axis meets the picture,
+    (x, y) in parts of it. enclosed: the caster's map holds floor and walls too (see `shadows`). already (1,
+    1, H, W): shadow that the layer put in brings along on its own floor, 0..1 (see `shown`), or None. shape
+    (1, 3, H, W): unit normals of what is put in (None: `inflate`d from its outline); colour (1, 3, H, W):
+    what it looks like in the light it came in; before: that light, where it is known.
     """
     picture: torch.Tensor
     metres: torch.Tensor
@@ -79,11 +87,13 @@ class Space:
                                ("already", 1), ("shape", 3), ("colour", 3)):
             x = getattr(self, name)
             if x is not None and tuple(x.shape) != (1, channels, *size):
-                raise ValueError(f"{name} must be (1, {channels}, {size[0]}, {size[1]}) like metres, not {tuple(x.shape)}.")
+                raise ValueError(f"{name} must be (1, {channels}, {size[0]}, {size[1]}) like metres, not "
+                                 f"{tuple(x.shape)}.")
         for name in ("metres", "receiver", "caster"):
             z = getattr(self, name)
             if not torch.isfinite(z).all() or z.min() < 0:
-                raise ValueError(f"{name} must be finite metres from the camera; fill the holes first (depth.fill_holes).")
+                raise ValueError(f"{name} must be finite metres from the camera; fill the holes first "
+                                 "(depth.fill_holes).")
 
     def thick(self) -> float:
         """The given thickness, or 0.8 of the caster's width."""
@@ -95,16 +105,17 @@ class Space:
 
 
 def points(metres: torch.Tensor, fov: float, centre=(0.5, 0.5)) -> torch.Tensor:
-    """Depth along the camera's axis (B, 1, H, W), metres -> points (B, 3, H, W). fov, centre: as in `Space`."""
+    """Metres along the camera's axis (B, 1, H, W) -> points (B, 3, H, W). fov, centre: as in `Space`."""
     f = depth.pinhole(metres.shape[-2:], fov)[0]
     p = depth.unproject(metres, Camera(height=0.0, pitch=0.0, fov=fov))
-    aside = torch.tensor([(0.5 - centre[0]) * metres.shape[-1] / f, (centre[1] - 0.5) * metres.shape[-2] / f, 0.0])
+    (h, w), (x, y) = metres.shape[-2:], centre
+    aside = torch.tensor([(0.5 - x) * w / f, (y - 0.5) * h / f, 0.0])
     return p + aside.to(p).view(1, 3, 1, 1) * metres
 
 
 def normals(p: torch.Tensor) -> torch.Tensor:
-    """Unit normals (B, 3, H, W) of points, turned towards the camera. Of the two differences at each pixel the
-    smaller is taken: the other may reach across an edge."""
+    """Unit normals (B, 3, H, W) of points, turned towards the camera. Of the two differences at each pixel
+    the smaller is taken: the other may reach across an edge."""
     p = F.pad(p, (1, 1, 1, 1), mode="replicate")
     c = p[..., 1:-1, 1:-1]
     dx = _smaller_step(p[..., 1:-1, 2:] - c, c - p[..., 1:-1, :-2])
@@ -121,10 +132,10 @@ def _smaller_step(a, b):
 
 
 def inflate(opaque: torch.Tensor) -> torch.Tensor:
-    """Unit normals (1, 3, H, W) of a thing of which only the outline (1, 1, H, W) is known, as if it were blown up.
+    """Unit normals (1, 3, H, W) of a thing of which only the outline (1, 1, H, W) is known: it is blown up.
 
-    The square of its height u solves Poisson's equation, laplace u = -4 within the outline and u = 0 on it: a disc
-    becomes a ball exactly, a strip a rounded bar. A flat face or an edge inside the outline is missed.
+    The square of its height u solves Poisson's equation, laplace u = -4 within the outline and u = 0 on it: a
+    disc becomes a ball exactly, a strip a rounded bar. A flat face or an edge inside the outline is missed.
     """
     from scipy.sparse import coo_matrix
     from scipy.sparse.linalg import spsolve
@@ -148,9 +159,9 @@ def inflate(opaque: torch.Tensor) -> torch.Tensor:
 
 
 def shading(shape: torch.Tensor, light: Light, hidden=0.0) -> torch.Tensor:
-    """Log brightness on a screen (1, 1, H, W) of a white surface with these normals (1, 3, H, W): sun and ambient
-    light by Lambert's law, in gamma 2.2, mean over the directions that the light may come from. hidden: the part of
-    the sun, 0..1, that something stands in the way of."""
+    """Log brightness on a screen (1, 1, H, W) of a white surface with these normals (1, 3, H, W): sun and
+    ambient light by Lambert's law, in gamma 2.2, mean over the directions that the light may come from.
+    hidden: the part of the sun, 0..1, that something stands in the way of."""
     each = _lambert(shape, light.directions, hidden)
     return (each * light.chances.to(each)[:, None, None, None]).sum(0, True)
 
@@ -162,11 +173,12 @@ def _lambert(shape, to_light, hidden=0.0):
 
 
 def shaded_by(colour, shape, weight, most: int = 6, temperature: float = 2.0) -> Light:
-    """The light that a thing seems to have stood in, from which of its sides are bright. colour (1, 3, H, W), shape
-    its normals, weight (1, 1, H, W): where it is opaque."""
+    """The light that a thing seems to have stood in, from which of its sides are bright. colour (1, 3, H, W),
+    shape its normals, weight (1, 1, H, W): where it is opaque."""
     angles, to_light = _grid()
     bright = colour.mean(1, keepdim=True).clamp(min=0.03).log()
-    return _likeliest(explained(bright, -_lambert(shape, to_light), weight), angles, to_light, most, temperature)
+    nats = explained(bright, -_lambert(shape, to_light), weight)
+    return _likeliest(nats, angles, to_light, most, temperature)
 
 
 def direction(azimuth: float, elevation: float) -> torch.Tensor:
@@ -177,13 +189,14 @@ def direction(azimuth: float, elevation: float) -> torch.Tensor:
 
 def shadows(p, caster, alpha, to_light, fov, thickness, centre=(0.5, 0.5), steps=28, reach=3.0,
             out_again=False) -> torch.Tensor:
-    """How much of the light is hidden from points p by a caster, for several directions: (D, 1, h, w) in [0, 1].
+    """How much of the light a caster hides from points p, for several directions: (D, 1, h, w) in [0, 1].
 
     p (1, 3, h, w); caster, alpha (1, 1, H, W): depth in metres and opacity of what hides the light, any size;
-    to_light (D, 3); thickness: metres behind its front within which the caster is solid. Each ray is followed for
-    `reach` metres in `steps` growing steps; a step counts when it lies behind the caster's front and not too far.
-    out_again: only what a ray enters *and leaves* counts: things do, the walls that enclose a room do not (they have
-    windows, or the room would be dark).
+    to_light (D, 3); thickness: metres behind its front within which the caster is solid. Each ray is followed
+    for `reach` metres in `steps` growing steps; a step counts when it lies behind the caster's front and not
+        too far.
+    out_again: only what a ray enters *and leaves* counts: things do, the walls that enclose a room do not
+    (they have windows, or the room would be dark).
     """
     h, w = caster.shape[-2:]
     f = depth.pinhole((h, w), fov)[0]
@@ -191,13 +204,15 @@ def shadows(p, caster, alpha, to_light, fov, thickness, centre=(0.5, 0.5), steps
     out = torch.zeros(len(to_light), 1, *p.shape[-2:])
     inside = torch.zeros_like(out)
     for k in range(steps):
-        s = 0.04 + reach * (k / steps) ** 1.5
+        s = SKIN + reach * (k / steps) ** 1.5
         q = p + s * to_light[:, :, None, None]
         z = q[:, 2].clamp(min=0.05)
-        uv = torch.stack([2 * (f * q[:, 0] / z / w + centre[0]) - 1, 2 * (centre[1] - f * q[:, 1] / z / h) - 1], -1)
-        front, opaque = (x[:, None] for x in F.grid_sample(both, uv, mode="nearest", align_corners=False).unbind(1))
+        u, v = f * q[:, 0] / z / w + centre[0], centre[1] - f * q[:, 1] / z / h
+        uv = torch.stack([2 * u - 1, 2 * v - 1], -1)
+        met = F.grid_sample(both, uv, mode="nearest", align_corners=False)
+        front, opaque = met[:, :1], met[:, 1:]
         gap = z[:, None] - front
-        hit = opaque * ((gap > 0.04) & (gap < thickness) & (q[:, 2:] > 0.05))
+        hit = opaque * ((gap > SKIN) & (gap < thickness) & (q[:, 2:] > 0.05))
         if not out_again:
             out = torch.maximum(out, hit)
             continue
@@ -210,9 +225,9 @@ def shadows(p, caster, alpha, to_light, fov, thickness, centre=(0.5, 0.5), steps
 def explained(change, pattern, weight):
     """How well `pattern` (D, 1, h, w) in [0, 1] explains a darkening: nats (D,).
 
-    change, weight (1, 1, h, w): log brightness and how much a pixel counts. A line change = a - b * pattern is
-    fitted; a pattern that would have to brighten explains nothing. 60 independent pixels are taken to speak, however
-    many there are: neighbours say the same.
+    change, weight (1, 1, h, w): log brightness and how much a pixel counts. A line change = a - b * pattern
+    is fitted; a pattern that would have to brighten explains nothing. 60 independent pixels are taken to
+    speak, however many there are: neighbours say the same.
     """
     total = weight.sum().clamp(min=1e-6)
     centred = lambda x: x - (x * weight).sum((1, 2, 3), keepdim=True) / total
@@ -223,26 +238,29 @@ def explained(change, pattern, weight):
 def neighbours(picture, expected, steps=(1, 2, 4)):
     """How well `expected` explains the differences between neighbouring pixels of one colour: nats (D,).
 
-    picture (1, 3, h, w) in [0, 1]; expected (D, 1, h, w): log brightness that white surfaces would have. Two pixels
-    some `steps` apart in a row or a column, whose colours are the same but for their brightness (`ALIKE`), are taken to
-    be of one paint: then they differ in their light alone. Counted as in `explained`, but differences forget what
-    changes slowly, so that four times as many pixels are taken to speak (tuned on validation rooms).
+    picture (1, 3, h, w) in [0, 1]; expected (D, 1, h, w): log brightness that white surfaces would have. Two
+    pixels some `steps` apart in a row or a column, whose colours are the same but for their brightness
+    (`ALIKE`), are taken to be of one paint: then they differ in their light alone. Counted as in `explained`,
+    but differences forget what changes slowly, so that four times as many pixels are taken to speak (tuned on
+    validation rooms).
     """
     tint = picture.clamp(min=0.02).log()
     bright = tint.mean(1, keepdim=True)
     tint, both, own, all_ = tint - bright, 0.0, 0.0, 0.0
     for axis in (-1, -2):
         for step in steps:
-            pair = lambda x: (x.narrow(axis, step, x.shape[axis] - step), x.narrow(axis, 0, x.shape[axis] - step))
+            left = picture.shape[axis] - step
+            pair = lambda x: (x.narrow(axis, step, left), x.narrow(axis, 0, left))
             (a, b), (high, low), (e, f) = pair(tint), pair(bright), pair(expected)
             same = ((a - b).abs().amax(1, keepdim=True) < ALIKE).to(tint)
             seen, due = (high - low).clamp(-1, 1) * same, (e - f) * same
-            both, own, all_ = both + (seen * due).sum((1, 2, 3)), own + (due**2).sum((1, 2, 3)), all_ + (seen**2).sum()
+            both, own = both + (seen * due).sum((1, 2, 3)), own + (due**2).sum((1, 2, 3))
+            all_ = all_ + (seen**2).sum()
     return _nats(both, own, all_, independent=240)
 
 
 def _nats(both, own, all_, independent=60):
-    """Log likelihood ratio of a fitted factor that is not below 0. independent: as many pixels are taken to speak."""
+    """Log likelihood ratio of a fitted factor that is not below 0, as if `independent` pixels had spoken."""
     share = both.clamp(min=0) ** 2 / (own + 0.5) / all_.clamp(min=1e-6)
     return -independent / 2 * torch.log1p(-share.clamp(0, 0.95))
 
@@ -250,8 +268,9 @@ def _nats(both, own, all_, independent=60):
 def find(space: Space, change=None, weight=None, most: int = 6, temperature: float = 4.0) -> Light:
     """The directions from which the light may come, each with its chance.
 
-    change, weight (1, 1, H, W): the third witness, log brightness that a model's edit gave and took around the new
-    thing, and where to look (None: the picture alone speaks). temperature: how much the witnesses are doubted.
+    change, weight (1, 1, H, W): the third witness, log brightness that a model's edit gave and took around
+    the new thing, and where to look (None: the picture alone speaks). temperature: how much the witnesses are
+    doubted.
     """
     angles, to_light = _grid()
     metres = _to_side(space.metres, SEARCH)
@@ -282,13 +301,13 @@ def _likeliest(nats, angles, to_light, most, temperature):
 
 
 def cast(space: Space, light: Light, side: int = 128) -> torch.Tensor:
-    """The shadow to expect (1, 1, H, W) in [0, 1]: the mean over the directions that the light may come from, soft by
-    1 % of the picture, since the sun is no point. Worked out on `side` pixels at most."""
+    """The shadow to expect (1, 1, H, W) in [0, 1]: the mean over the directions that the light may come from,
+    soft by 1 % of the picture, since the sun is no point. Worked out on `side` pixels at most."""
     return _cast(space, light, side)[0]
 
 
 def _cast(space, light, side=128):
-    """`cast`, and the log factor (1, 1, H, W) that goes with it: a surface that faced the sun has more to lose."""
+    """`cast`, and the log factor (1, 1, H, W) that goes with it: what faced the sun has more to lose."""
     each = _thrown(space, light.directions, side, 40)
     shape = normals(points(_to_side(space.receiver, side), space.fov, space.centre))
     loss = _lambert(shape, light.directions, hidden=1.0) - _lambert(shape, light.directions)
@@ -299,9 +318,9 @@ def _cast(space, light, side=128):
 
 
 def change(space: Space, light: Light, shadow_share=1.0, shading_share=0.6, lift=0.8) -> torch.Tensor:
-    """What the geometry does to the light (1, 1, H, W), as a log factor on the pasted picture: the thing turns from
-    the light it came in to the room's, new shadows fall on what is not the thing itself, and, on a layer's own
-    floor, `lift` of the old ones goes."""
+    """What the geometry does to the light (1, 1, H, W), as a log factor on the pasted picture: the thing
+    turns from the light it came in to the room's, new shadows fall on what is not the thing itself, and, on a
+    layer's own floor, `lift` of the old ones goes."""
     (shadow, loss), thing = _cast(space, light), (space.opaque >= 0.5).to(space.metres)
     out = shading_share * thing * _turned(space, light, thing)
     if not space.enclosed:
@@ -325,8 +344,8 @@ def _turned(space, light, thing):
 
 
 def shown(space: Space, light: Light) -> torch.Tensor:
-    """The shadow that a picture shows on its own floor (1, 1, H, W) in [0, 1]: where its things throw it in that
-    light, *and* the floor is darker than the lit floor around."""
+    """The shadow that a picture shows on its own floor (1, 1, H, W) in [0, 1]: where its things throw it in
+    that light, *and* the floor is darker than the lit floor around."""
     floor = _level(space.metres, space)
     thrown = cast(space, light) * floor
     dark = space.picture.mean(1, keepdim=True).clamp(min=0.02).log()
@@ -340,11 +359,6 @@ def _level(metres, space):
     return (normals(points(metres, space.fov, space.centre))[:, 1:2] > LEVEL).to(metres)
 
 
-LEVEL = 0.85    # cosine to the camera's up from which a surface counts as floor (32 degrees: the camera looks down)
-SEARCH = 48     # pixels on the shorter side while directions are compared
-THING = 0.6     # metres: how thick the picture's own things are taken to be
-
-
 def _thrown(space, to_light, side, steps=28, own=None):
     """Shadow of the caster on surfaces that face the light and have it (D, 1, h, w)."""
     receiver = _to_side(space.receiver, side)
@@ -353,8 +367,8 @@ def _thrown(space, to_light, side, steps=28, own=None):
     if own is None:
         own = _own(space, p, to_light, _to_side(space.metres, side), steps)
     lit = 1 if space.caster is space.metres else 1 - own  # else a picture's own shadows would hide themselves
-    return lit * facing * shadows(p, space.caster, space.opaque, to_light, space.fov, space.thick(), space.centre,
-                                  steps, out_again=space.enclosed)
+    return lit * facing * shadows(p, space.caster, space.opaque, to_light, space.fov, space.thick(),
+                                  space.centre, steps, out_again=space.enclosed)
 
 
 def _own(space, p, to_light, metres, steps=28):

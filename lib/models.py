@@ -26,7 +26,7 @@ from lib import depth, setup
 
 SD_FILES = ("model_index.json", "scheduler/*", "tokenizer/*", "text_encoder/config.json",
             "text_encoder/model.safetensors", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
-            "vae/config.json", "vae/diffusion_pytorch_model.safetensors")  # fp32 once; not the 4 GB single files
+            "vae/config.json", "vae/diffusion_pytorch_model.safetensors")  # fp32 once; not the single files
 DEPTH_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 OPENRAIL = "CreativeML Open RAIL-M (use-based restrictions)"
 OURS = "MIT (made by this course's `python -m lib.train`)"
@@ -66,12 +66,15 @@ REGISTRY = {
         "pipeline", OPENRAIL,
         (("stable-diffusion-v1-5/stable-diffusion-v1-5", None), ("sd-legacy/stable-diffusion-v1-5", None),
          ("Jiali/stable-diffusion-1.5", None), ("botp/stable-diffusion-v1-5", None)),
-        SD_FILES, 4 * (859_520_964 + 83_653_863 + 123_060_480), "4 bytes x parameters of U-Net, VAE, text encoder"),
+        SD_FILES, 4 * (859_520_964 + 83_653_863 + 123_060_480), "4 bytes x parameters of U-Net, VAE, text "
+                                                                "encoder"),
     "sd15-inpaint": Spec(
         "pipeline", OPENRAIL,
-        (("stable-diffusion-v1-5/stable-diffusion-inpainting", None), ("sd-legacy/stable-diffusion-inpainting", None),
+        (("stable-diffusion-v1-5/stable-diffusion-inpainting", None),
+         ("sd-legacy/stable-diffusion-inpainting", None),
          ("benjamin-paine/stable-diffusion-v1-5-inpainting", None)),
-        SD_FILES, 4 * (859_535_364 + 83_653_863 + 123_060_480), "4 bytes x parameters of U-Net, VAE, text encoder"),
+        SD_FILES, 4 * (859_535_364 + 83_653_863 + 123_060_480), "4 bytes x parameters of U-Net, VAE, text "
+                                                                "encoder"),
     "mini-depth": Spec("depth", OURS, convention="inverse depth in a known unit (card.json), near = high"),
     "dpt": Spec("depth", "Apache-2.0", (("Intel/dpt-large", None), ("Intel/dpt-hybrid-midas", "refs/pr/5")),
                 DEPTH_FILES, 1_370_000_000, "file list of Intel/dpt-large", INVERSE),
@@ -150,7 +153,8 @@ def catalogue() -> list[dict]:
         here = next((f for f in _folders(name, spec) if _complete(f, spec)), None)
         rows.append({"name": name, "kind": spec.kind, "licence": spec.licence, "convention": spec.convention,
                      "fetch_mb": None if spec.size is None else round(spec.size / 1e6),
-                     "here": None if here is None else str(here), "candidates": [c[0] for c in spec.candidates]})
+                     "here": None if here is None else str(here),
+                     "candidates": [c[0] for c in spec.candidates]})
     return rows
 
 
@@ -182,7 +186,8 @@ def find(name: str, kind: str) -> tuple[Path, str]:
     if spec is None or spec.kind != kind:
         known = ", ".join(_asked(n) for n, s in REGISTRY.items() if s.kind == kind)
         other = f" ({name} is a {spec.kind} model)" if spec else ""
-        raise ValueError(f"Unknown {kind} model {name!r}{other}; known: {known}, or the path of a model folder.")
+        raise ValueError(f"Unknown {kind} model {name!r}{other}; known: {known}, or the path of a model "
+                         "folder.")
     tried = []
     for folder in _folders(name, spec):
         if _complete(folder, spec):
@@ -191,7 +196,7 @@ def find(name: str, kind: str) -> tuple[Path, str]:
     for repo, revision in spec.candidates:
         try:
             folder = Path(snapshot(repo, revision, spec.files))
-        except Exception as error:  # the hub has many: no network, 401 for a removed one, gated, disk full, ...
+        except Exception as error:  # no network, removed (401), gated, disk full, ...
             tried.append(f"hub {repo}: {_reason(error)}")
             continue
         if _complete(folder, spec):
@@ -240,15 +245,19 @@ def _ways_out(name, spec, tried) -> str:
     lines = [f"The model {name!r} is not available. Tried:"] + [f"  - {t}" for t in tried] + ["Ways out:"]
     if not spec.candidates:
         recipe = {"mini": "unet", "mini-inpaint": "inpaint", "mini-depth": "depth"}.get(name, name)
-        lines += [f"  - it ships with the course in data/models/{name}: get the whole repository again, or train it "
+        lines += [f"  - it ships with the course in data/models/{name}: get the whole repository again, or "
+                  "train it "
                   f"with `python -m lib.train {recipe}`",
-                  "  - point LAYERS_DATA at a folder that has models/, or LAYERS_MODELS at the folder of the models"]
+                  "  - point LAYERS_DATA at a folder that has models/, or LAYERS_MODELS at the folder of "
+                  "the models"]
         return "\n".join(lines)
     size = f" (about {spec.size / 1e9:.1f} GB)" if spec.size else ""
     instead = "DEPTH_MODEL = \"mini\"" if spec.kind == "depth" else "MODEL = \"mini\""
     lines += [f"  - {instead}: the small model that ships with the course and needs no network",
-              f"  - with a network: it is fetched once{size} and kept in the hub's cache; HF_HOME moves that cache",
-              f"  - without: on another machine `hf download {spec.candidates[0][0]} --local-dir {name}`, copy the "
+              f"  - with a network: it is fetched once{size} and kept in the hub's cache; HF_HOME moves "
+              "that cache",
+              f"  - without: on another machine `hf download {spec.candidates[0][0]} --local-dir {name}`, "
+              "copy the "
               f"folder here, and set LAYERS_MODELS to the folder that holds it",
               f"  - give the path of a model folder instead of the name {name!r}"]
     return "\n".join(lines)
@@ -273,8 +282,8 @@ def _no_bars():
 
 
 def _cast(pipe, device, dtype):
-    """pipe.to (or a model's), without diffusers' warning on every cast (it comes also when no module has to stay in
-    float32)."""
+    """pipe.to (or a model's), without diffusers' warning on every cast (it comes also when no module has to
+    stay in float32)."""
     from diffusers.utils import logging
     level = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -294,7 +303,7 @@ def _pipeline(folder: Path):
     with _no_bars():
         pipe = getattr(diffusers, made).from_pretrained(
             folder, use_safetensors=True, safety_checker=None, feature_extractor=None,
-            requires_safety_checker=False, local_files_only=True)
+            requires_safety_checker=False, local_files_only=True, **_variant(folder))
     _check_text_encoder(folder / "text_encoder", pipe.text_encoder)
     pipe.scheduler = diffusers.DDIMScheduler.from_config(
         pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
@@ -302,6 +311,13 @@ def _pipeline(folder: Path):
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.eval().requires_grad_(False)
     return pipe
+
+
+def _variant(folder: Path) -> dict:
+    """{"variant": "fp16"} for a folder that holds half-precision files alone
+    (`diffusion_pytorch_model.fp16.safetensors`): without that word diffusers does not see them."""
+    files = [f.name for f in (folder / "unet").glob("*.safetensors")]
+    return {"variant": "fp16"} if files and all(".fp16" in name for name in files) else {}
 
 
 def _check_text_encoder(folder: Path, encoder):
@@ -312,10 +328,10 @@ def _check_text_encoder(folder: Path, encoder):
     not fill it.
     """
     from safetensors.torch import load_file
+    files = sorted(folder.glob("*.safetensors"))
     stored = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        if ".fp16" not in file.name:
-            stored |= {k.removeprefix("text_model."): v for k, v in load_file(file).items()}
+    for file in [f for f in files if ".fp16" not in f.name] or files:
+        stored |= {k.removeprefix("text_model."): v for k, v in load_file(file).items()}
     own = {k: k.removeprefix("text_model.") for k in encoder.state_dict() if "position_ids" not in k}
     missing = [k for k, short in own.items() if short not in stored]
     if missing:
@@ -327,7 +343,8 @@ def _check_text_encoder(folder: Path, encoder):
 def _depth(folder: Path, name, device, dtype) -> depth.Estimator:
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
     with _no_bars():
-        model = AutoModelForDepthEstimation.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        model = AutoModelForDepthEstimation.from_pretrained(folder, use_safetensors=True,
+                                                            local_files_only=True)
     model = model.to(device, dtype).eval().requires_grad_(False)
     card = json.loads((folder / "card.json").read_text()) if (folder / "card.json").is_file() else {}
     if (folder / "preprocessor_config.json").is_file():
@@ -354,7 +371,8 @@ def _adapter(config, processor, card):
     if config.model_type == "zoedepth":
         return lambda outputs, size: depth.zoedepth(outputs, processor, size)
     if config.model_type == "depth_anything":
-        return lambda outputs, size: depth.depth_anything(outputs, size, config.depth_estimation_type, config.max_depth)
+        kind, most = config.depth_estimation_type, config.max_depth
+        return lambda outputs, size: depth.depth_anything(outputs, size, kind, most)
     raise ValueError(f"No adapter for depth models of type {config.model_type!r}; known: dpt, zoedepth, "
                      f"depth_anything. Convert its output with lib.depth.from_metric or from_inverse.")
 

@@ -1,8 +1,9 @@
 """The Miniature: a small ray-cast world with exact ground truth (lesson 00).
 
-A scene is plain data (rooms, a sun, a camera, things) made from a seed; `render` turns one or many scenes into
-pictures, metric depth, ids and soft alpha, on any torch device. Because the world is ours, it can answer what a
-photograph cannot: the same scene without the chair, the chair alone under another sun, two rooms joined at a depth.
+A scene is plain data (rooms, a sun, a camera, things) made from a seed; `render` turns one or many scenes
+into pictures, metric depth, ids and soft alpha, on any torch device. Because the world is ours, it can answer
+what a photograph cannot: the same scene without the chair, the chair alone under another sun, two rooms
+joined at a depth.
 
 Axes: x right, y up, z into the room, metres. The camera stands at (0, height, 0) and looks down by `pitch`.
 Depth is the distance along the optical axis ("metric z"), not along the ray.
@@ -23,7 +24,8 @@ RGB = {"red": (.78, .09, .08), "orange": (.96, .45, .05), "yellow": (.96, .82, .
        "teal": (.05, .60, .60), "blue": (.10, .22, .80), "purple": (.48, .14, .66), "white": (.93, .92, .90)}
 FLOORS = ("plain", "checks", "stripes", "wood", "noise")
 WALLS = ("plain", "stripes", "panels", "noise")
-SPLITS = {"train": range(0, 10_000_000), "val": range(10_000_000, 20_000_000), "test": range(20_000_000, 30_000_000)}
+SPLITS = {"train": range(0, 10_000_000), "val": range(10_000_000, 20_000_000),
+          "test": range(20_000_000, 30_000_000)}
 #: One colour of every kind, and a band of light directions, that only test scenes use.
 HELD_OUT_PAIRS = frozenset((kind, COLOURS[(3 * i + 1) % len(COLOURS)]) for i, kind in enumerate(KINDS))
 HELD_OUT_AZIMUTH = (72.0, 92.0)  # degrees from straight ahead, either side
@@ -43,7 +45,8 @@ class Camera:
 @dataclass(frozen=True)
 class Sun:
     """Directional light. azimuth: degrees from straight ahead, positive = from the right; elevation above the
-    horizon; radius: half angle of the sun's disc (0.3 hard ... 4 soft); strength and ambient are radiances."""
+    horizon; radius: half angle of the sun's disc (0.3 hard ... 4 soft); strength and ambient are
+    radiances."""
     azimuth: float
     elevation: float
     radius: float = 1.5
@@ -118,7 +121,8 @@ class Scene:
     def insert(self, thing: Thing, at: float, x: float | None = None) -> "Scene":
         """Add `thing` on the floor so that its front is `at` metres deep (NEAR..back wall)."""
         if not NEAR < at < self.room.back:
-            raise ValueError(f"at={at} m is outside the scene: choose a depth between {NEAR} and {self.room.back:.1f} m")
+            raise ValueError(f"at={at} m is outside the scene: choose a depth between {NEAR} and "
+                             f"{self.room.back:.1f} m")
         z = _world_z(self.camera, at + thing.footprint, 0.0)
         placed = replace(thing, x=thing.x if x is None else x, y=0.0, z=z, on=None)
         return replace(self, things=self.things + (placed,))
@@ -145,8 +149,8 @@ class Render:
     """What `render` returns, all on the device asked for.
 
     rgb (B,3,H,W) in [0,1]; depth (B,1,H,W) metric z in metres, of the nearest surface (glass counts);
-    ids (B,1,H,W) int64, -1 = room, else index into scene.things; alpha (B,N,H,W) soft coverage by the visible part
-    of each thing, N = most things in a scene; kind, colour (B,1,H,W) int64, 0 = room, else 1 + index.
+    ids (B,1,H,W) int64, -1 = room, else index into scene.things; alpha (B,N,H,W) soft coverage by the visible
+    part of each thing, N = most things in a scene; kind, colour (B,1,H,W) int64, 0 = room, else 1 + index.
     """
     rgb: torch.Tensor
     depth: torch.Tensor
@@ -189,7 +193,11 @@ def seeds(split: str, n: int, start: int = 0) -> list[int]:
     """The first n seeds of a split after `start`; splits never meet."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
-    return list(SPLITS[split][start:start + n])
+    found = list(SPLITS[split][start:start + n]) if n >= 0 <= start else []
+    if len(found) != n:
+        raise ValueError(f"{split} has seeds 0 to {len(SPLITS[split]) - 1}: {n} from {start} on are not "
+                         "there")
+    return found
 
 
 def _tint(rng: random.Random, low: float, high: float, spread: float) -> tuple:
@@ -226,8 +234,9 @@ def _sample_sun(rng: random.Random, test: bool) -> Sun:
         elif held and not test:
             continue
         break
-    return Sun(azimuth=azimuth * rng.choice((-1, 1)), elevation=rng.uniform(20, 46), radius=rng.uniform(.4, 3.0),
-               strength=rng.uniform(1.7, 2.3), ambient=rng.uniform(.46, .66), warmth=rng.uniform(0, .22))
+    return Sun(azimuth=azimuth * rng.choice((-1, 1)), elevation=rng.uniform(20, 46),
+               radius=rng.uniform(.4, 3.0), strength=rng.uniform(1.7, 2.3), ambient=rng.uniform(.46, .66),
+               warmth=rng.uniform(0, .22))
 
 
 def _sample_camera(rng: random.Random) -> Camera:
@@ -243,22 +252,25 @@ def _pick_pair(rng: random.Random, kinds: tuple, test: bool) -> tuple[str, str]:
             return pair
 
 
-_SIZES = {"ball": (1.0, 1.45), "box": (1.0, 1.4), "vase": (1.1, 1.5), "cone": (1.1, 1.6), "chair": (1.1, 1.35),
-          "table": (.95, 1.15), "lamp": (1.0, 1.2), "plant": (1.1, 1.45), "glass": (1.0, 1.4)}
+_SIZES = {"ball": (1.0, 1.45), "box": (1.0, 1.4), "vase": (1.1, 1.5), "cone": (1.1, 1.6),
+          "chair": (1.1, 1.35), "table": (.95, 1.15), "lamp": (1.0, 1.2), "plant": (1.1, 1.45),
+          "glass": (1.0, 1.4)}
 
 
 def _place(rng: random.Random, thing: Thing, placed: list[Thing], camera: Camera, room: Room) -> Thing | None:
     """A free spot on the floor, often near the line of sight of an earlier thing so that they occlude."""
     for _ in range(40):
         z = rng.uniform(2.7, min(4.7, room.back - thing.footprint - .15))
-        reach = min(z * math.tan(math.radians(camera.fov / 2)) - .75 * thing.footprint, room.half_width - thing.footprint)
+        seen = z * math.tan(math.radians(camera.fov / 2)) - .75 * thing.footprint
+        reach = min(seen, room.half_width - thing.footprint)
         x = rng.uniform(-reach, reach)
         if placed and rng.random() < .65:
             other = rng.choice(placed)
             x = other.x * z / max(other.z, 1.) + rng.gauss(0, .35)
         if abs(x) > reach:
             continue
-        if all(math.hypot(x - o.x, z - o.z) > thing.footprint + o.footprint + .05 for o in placed if o.on is None):
+        standing = [o for o in placed if o.on is None]
+        if all(math.hypot(x - o.x, z - o.z) > thing.footprint + o.footprint + .05 for o in standing):
             return replace(thing, x=x, z=z)
     return None
 
@@ -266,8 +278,8 @@ def _place(rng: random.Random, thing: Thing, placed: list[Thing], camera: Camera
 def _on_table(rng: random.Random, kind: str, colour: str, table: Thing, index: int) -> Thing:
     size = rng.uniform(.62, .82)
     r = .22 * table.size
-    return Thing(kind, colour, x=table.x + rng.uniform(-r, r), z=table.z + rng.uniform(-.12, .12), y=.74 * table.size,
-                 size=size, turn=rng.uniform(0, 360), shape=rng.random(), on=index)
+    return Thing(kind, colour, x=table.x + rng.uniform(-r, r), z=table.z + rng.uniform(-.12, .12),
+                 y=.74 * table.size, size=size, turn=rng.uniform(0, 360), shape=rng.random(), on=index)
 
 
 def sample(seed: int, things: int | None = None, camera: Camera | None = None, wild: bool = False,
@@ -275,8 +287,12 @@ def sample(seed: int, things: int | None = None, camera: Camera | None = None, w
     """The scene of a seed: always the same one. things: how many (1-4, default: by the seed).
 
     wild: random colours everywhere (domain randomisation for the depth model; captions then make no sense).
-    held_out: pairs and lights as in the test split, whatever the seed's own (for the judge, which has to know them).
+    held_out: pairs and lights as in the test split, whatever the seed's own (for the judge, which has to know
+    them).
     """
+    if things is not None and not 1 <= things <= 4:
+        raise ValueError(f"a room holds 1 to 4 things, not {things}; an empty one is replace(scene, "
+                         "things=())")
     test = held_out or split_of(seed) == "test"
     rng = random.Random(seed * 1_000_003 + 17)
     room, sun, cam = _sample_room(rng), _sample_sun(rng, test), _sample_camera(rng)
@@ -351,7 +367,7 @@ _MATTE, _SHINY, _GLASS, _GLOW = 0, 1, 2, 3
 
 @dataclass
 class _Part:
-    """One primitive in its thing's frame: type, centre, half sizes (or r_bottom, half height, r_top), colour."""
+    """One primitive in its thing's frame: type, centre, half sizes (r_bottom, half height, r_top), colour."""
     type: int
     centre: tuple
     dims: tuple
@@ -381,15 +397,19 @@ def _parts(t: Thing) -> list[_Part]:
                 _Part(FRUSTUM, (0, .50, 0), (.27, .10, .12), rgb, _SHINY),
                 _Part(FRUSTUM, (0, .66, 0), (.12, .06, .17), rgb, _SHINY)]
     if t.kind == "table":
-        legs = [_Part(BOX, (x, .345, z), (.035, .345, .035), _dark(rgb, .75)) for x in (-.52, .52) for z in (-.32, .32)]
+        legs = [_Part(BOX, (x, .345, z), (.035, .345, .035), _dark(rgb, .75))
+                for x in (-.52, .52) for z in (-.32, .32)]
         return [_Part(BOX, (0, .715, 0), (.60, .028, .40), rgb)] + legs
     if t.kind == "chair":
-        legs = [_Part(BOX, (x, .21, z), (.03, .21, .03), _dark(rgb, .8)) for x in (-.20, .20) for z in (-.20, .20)]
+        legs = [_Part(BOX, (x, .21, z), (.03, .21, .03), _dark(rgb, .8))
+                for x in (-.20, .20) for z in (-.20, .20)]
         back = [_Part(BOX, (x, .70, -.21), (.03, .26, .025), _dark(rgb, .9)) for x in (-.20, .20)]
-        slats = [_Part(BOX, (0, .86, -.21), (.20, .085, .02), rgb), _Part(BOX, (0, .64, -.21), (.20, .045, .02), rgb)]
+        slats = [_Part(BOX, (0, .86, -.21), (.20, .085, .02), rgb),
+                 _Part(BOX, (0, .64, -.21), (.20, .045, .02), rgb)]
         return [_Part(BOX, (0, .445, 0), (.24, .03, .24), rgb)] + legs + back + slats
     if t.kind == "lamp":
-        return [_Part(FRUSTUM, (0, .025, 0), (.19, .025, .17), metal), _Part(FRUSTUM, (0, .50, 0), (.02, .48, .02), metal),
+        return [_Part(FRUSTUM, (0, .025, 0), (.19, .025, .17), metal),
+                _Part(FRUSTUM, (0, .50, 0), (.02, .48, .02), metal),
                 _Part(FRUSTUM, (0, 1.06, 0), (.26, .17, .16), rgb, _GLOW)]
     if t.kind == "plant":
         leaves = []
@@ -397,7 +417,8 @@ def _parts(t: Thing) -> list[_Part]:
             a, tilt = 2.4 * k + 6 * s, .35 + .13 * (k % 4)
             up = (math.cos(a) * math.sin(tilt), math.cos(tilt), math.sin(a) * math.sin(tilt))
             centre = tuple(p * .34 + q for p, q in zip(up, (0, .40, 0)))
-            leaves.append(_Part(BALL, centre, (.085, .27, .035), _dark(rgb, .8 + .05 * (k % 5)), _MATTE, _frame(up)))
+            green = _dark(rgb, .8 + .05 * (k % 5))
+            leaves.append(_Part(BALL, centre, (.085, .27, .035), green, _MATTE, _frame(up)))
         return [_Part(FRUSTUM, (0, .17, 0), (.15, .17, .20), clay)] + leaves
     raise ValueError(f"unknown kind {t.kind!r}: use one of {', '.join(KINDS)}")
 
@@ -415,7 +436,7 @@ def _linear(rgb) -> torch.Tensor:
 
 
 class _World:
-    """Scenes as padded tensors: rooms and primitives on one device. A scene may be (A, B, cut): see composite_truth."""
+    """Scenes as padded tensors: rooms and primitives on one device. (A, B, cut): see composite_truth."""
 
     def __init__(self, jobs: list[tuple[Scene, Scene | None, float]], device) -> None:
         rows = [self._rows(*job) for job in jobs]
@@ -454,8 +475,10 @@ class _World:
 
 def _row(t: Thing, part: _Part, index: int, side: float) -> list[float]:
     a = math.radians(t.turn)
-    turn = torch.tensor([[math.cos(a), 0, math.sin(a)], [0, 1, 0], [-math.sin(a), 0, math.cos(a)]], dtype=torch.float64)
-    centre = turn @ torch.tensor(part.centre, dtype=torch.float64) * t.size + torch.tensor([t.x, t.y, t.z]).double()
+    turn = torch.tensor([[math.cos(a), 0, math.sin(a)], [0, 1, 0], [-math.sin(a), 0, math.cos(a)]],
+                        dtype=torch.float64)
+    centre = turn @ torch.tensor(part.centre, dtype=torch.float64) * t.size
+    centre = centre + torch.tensor([t.x, t.y, t.z]).double()
     axes = torch.tensor(part.axes, dtype=torch.float64) if part.axes else torch.eye(3, dtype=torch.float64)
     dims = [d * t.size for d in part.dims]
     if part.type == FRUSTUM:
@@ -545,7 +568,7 @@ def _intersect(world: _World, o, d, allowed, asked=None):
             n, f, ok = hit(lo[i], ld[i], dims[i])
             near[i], far[i] = torch.where(ok, n, 1e9), torch.where(ok, f, -1e9)
     side = world.side[b, p]
-    if (side != 0).any():                                            # a world cut at a depth: which hits stand?
+    if (side != 0).any():  # a world cut at a depth: which hits stand?
         axis, eye = _optical(world)
         def stands(t):
             z = ((oo + t[:, None] * dd - eye[b]) * axis[b]).sum(-1)
@@ -584,10 +607,10 @@ def _rays(world: _World, size: tuple[int, int], samples: int):
     y = (torch.arange(h, device=world.device)[:, None] + sub).flatten()
     x = (torch.arange(w, device=world.device)[:, None] + sub).flatten()
     yy, xx = (1 - 2 * y / h).view(h, 1, samples, 1), ((2 * x / w - 1) * w / h).view(1, w, 1, samples)
-    grid = torch.stack([xx.expand(h, w, samples, samples), yy.expand(h, w, samples, samples)], -1).reshape(-1, 2)
+    grid = torch.stack([c.expand(h, w, samples, samples) for c in (xx, yy)], -1).reshape(-1, 2)
     axis, eye = _optical(world)
-    scale = torch.tensor([math.tan(math.radians(c.fov / 2)) for c in world.cameras], device=world.device)[:, None, None]
-    u = grid[None] * scale
+    scale = torch.tensor([math.tan(math.radians(c.fov / 2)) for c in world.cameras], device=world.device)
+    u = grid[None] * scale[:, None, None]
     up = torch.stack([torch.zeros_like(axis[:, 0]), axis[:, 2], -axis[:, 1]], -1)
     d = axis[:, None] + u[..., 1:] * up[:, None]
     d = torch.cat([u[..., :1], d[..., 1:]], -1)
@@ -613,7 +636,7 @@ def _shell(rooms: list[Room], o, d):
 
 
 def _hash(i, j, salt):
-    """Pseudo-random numbers in [0, 1) from integer cells; whole-number arithmetic, the same on every device."""
+    """Pseudo-random numbers in [0, 1) from integer cells, by whole numbers: the same on every device."""
     n = (i.long() * 374761393 + j.long() * 668265263 + salt * 1442695041) & 0x7FFFFFFF
     n = ((n ^ (n >> 13)) * 1274126177) & 0x7FFFFFFF
     return ((n ^ (n >> 16)) & 0xFFFF).float() / 65536
@@ -629,7 +652,7 @@ def _value_noise(u, v, salt):
 
 
 def _pattern(name: str, u, v, salt, width):
-    """Mix in [0, 1] between a material's two colours at (u, v) metres; detail fades where it is finer than a pixel."""
+    """Mix in [0, 1] between a material's two colours at (u, v) metres; detail below a pixel fades."""
     def fade(period):
         return (1.6 - 2.2 * width / period).clamp(0, 1)
     if name == "checks":
@@ -648,7 +671,8 @@ def _pattern(name: str, u, v, salt, width):
         line = (((v - .95).abs() < .05) | ((u / .9 - (u / .9).floor()) < .06) & (v < .95)).float()
         return line * fade(.12)
     if name == "noise":
-        return (.65 * _value_noise(u / .5, v / .5, salt) + .35 * fade(.2) * _value_noise(u / .15, v / .15, salt + 7))
+        fine = _value_noise(u / .15, v / .15, salt + 7)
+        return .65 * _value_noise(u / .5, v / .5, salt) + .35 * fade(.2) * fine
     return torch.zeros_like(u)
 
 
@@ -667,9 +691,10 @@ def _room_colour(room: Room, sun: Sun, p, axis, width):
     albedo[(axis == 1) & ~floor] = .75                               # ceiling
     albedo[(axis != 1) & (y < .11)] = .62                            # skirting board
     glow = torch.zeros_like(p)
-    lit = side & (x.sign() == (1. if sun.azimuth > 0 else -1.))      # the window is where the light comes from
+    lit = side & (x.sign() == (1. if sun.azimuth > 0 else -1.))  # the window is where the light comes from
     du, dv = (z - room.window_z).abs(), (y - 1.45).abs()
-    frame, pane = lit & (du < .85) & (dv < .80), lit & (du < .78) & (dv < .73) & (du > .035) & ((y - 1.5).abs() > .03)
+    frame = lit & (du < .85) & (dv < .80)
+    pane = lit & (du < .78) & (dv < .73) & (du > .035) & ((y - 1.5).abs() > .03)
     albedo[frame] = .8
     glow[pane] = torch.tensor([.75, .88, 1.0], device=p.device)
     return albedo, glow
@@ -683,19 +708,20 @@ def _visibility(world: _World, p, n, lights, facing):
     glass = world.material == _GLASS
     for k in range(lights.shape[2]):
         d = lights[:, :, k]
-        b, r, q, _ = _intersect(world, p + n * 4e-3, d, world.used, facing)   # surfaces turned away need no ray
+        b, r, q, _ = _intersect(world, p + n * 4e-3, d, world.used, facing)  # turned away: no ray
         pass_ = torch.ones(b_size * r_size, 3, device=p.device)
-        tint = torch.where(glass[b, q][:, None], .35 + .5 * world.rgb[b, q].sqrt(), torch.zeros(1, 3, device=p.device))
+        none = torch.zeros(1, 3, device=p.device)
+        tint = torch.where(glass[b, q][:, None], .35 + .5 * world.rgb[b, q].sqrt(), none)
         pass_ = pass_.scatter_reduce(0, (b * r_size + r)[:, None].expand(-1, 3), tint, "amin")
         out += pass_.view(b_size, r_size, 3)
     return out / lights.shape[2]
 
 
 def _sun_samples(world: _World, rays: int, samples: int, per_ray: int):
-    """Directions towards points of the sun's disc, (B,R,per_ray,3): each subsample of a pixel sees other points."""
+    """Directions towards points of the sun's disc, (B,R,per_ray,3): each subsample sees other points."""
     n = samples * samples * per_ray
     k = torch.arange(n, device=world.device, dtype=torch.float32)
-    rad, ang = ((k + .5) / n).sqrt(), k * 2.399963                        # sunflower pattern: even over the disc
+    rad, ang = ((k + .5) / n).sqrt(), k * 2.399963  # sunflower pattern: even over the disc
     order = torch.arange(n, device=world.device).view(per_ray, -1).T      # spread the rings over subsamples
     dirs = torch.tensor([s.direction() for s in world.suns], device=world.device)
     size = torch.tensor([math.tan(math.radians(s.radius)) for s in world.suns], device=world.device)
@@ -716,7 +742,7 @@ def _openness(world: _World, p, n):
     own, theirs = (p * p).sum(-1, keepdim=True), (c * c).sum(-1, keepdim=True)
     d2 = _one_more(-2 * p, own, torch.ones_like(own)) @ _one_more(c, ones, theirs).mT
     axis, eye = _optical(world)
-    z = ((c - eye[:, None]) * axis[:, None]).sum(-1)                 # what a cut has taken away shades nothing
+    z = ((c - eye[:, None]) * axis[:, None]).sum(-1)  # what a cut has taken away shades nothing
     there = world.used & ((world.side == 0) | (world.side * (world.cut[:, None] - z) > 0))
     r2 = (torch.where(there, world.ao, torch.zeros_like(world.ao)) ** 2)[:, None]
     d = torch.maximum(d2, r2 * 1.05 + 1e-6).rsqrt_()
@@ -756,15 +782,15 @@ def _surface(world: _World, o, d, t, index, shells, pixel):
     n = _normals(world, p, index)
     n_room = torch.nn.functional.one_hot(axis, 3).to(p) * sign[..., None]
     n = torch.where(room_hit[..., None], n_room, n)
-    n = torch.where(((n * d).sum(-1) > 0)[..., None], -n, n)              # insides of cut things face the viewer
+    n = torch.where(((n * d).sum(-1) > 0)[..., None], -n, n)  # insides of cut things face the viewer
     width = pixel[:, None] * t / (n * d).sum(-1).abs().clamp(min=.12)
     albedo, glow = torch.zeros_like(p), torch.zeros_like(p)
     for b in range(len(p)):
         for k, rooms in enumerate(world.rooms):
             pick = torch.nonzero(room_hit[b] & (layer[b] == k))[:, 0]
             if len(pick):
-                albedo[b, pick], glow[b, pick] = _room_colour(rooms[b], world.suns[b], p[b, pick], axis[b, pick],
-                                                              width[b, pick])
+                albedo[b, pick], glow[b, pick] = _room_colour(
+                    rooms[b], world.suns[b], p[b, pick], axis[b, pick], width[b, pick])
     b, r = torch.nonzero(index >= 0, as_tuple=True)
     q = index[b, r]
     albedo[b, r] = world.rgb[b, q]
@@ -790,7 +816,7 @@ def _radiance(world: _World, o, d, allowed, lights, pixel):
     t, index = _nearest(world, o, d, allowed)
     p, n, t, index, albedo, glow = _surface(world, o, d, t, index, _shells(world, o, d), pixel)
     sun = torch.tensor([s.direction() for s in world.suns], device=p.device)[:, None]
-    strength = _per_scene([[s.strength * (1 + s.warmth), s.strength, s.strength * (1 - s.warmth)] for s in world.suns],
+    strength = _per_scene([[s.strength * k for k in (1 + s.warmth, 1, 1 - s.warmth)] for s in world.suns],
                           p.device)[:, None]
     ambient = _per_scene([s.ambient for s in world.suns], p.device)[:, None, None]
     cos = (n * sun).sum(-1)
@@ -822,7 +848,7 @@ def _refract(d, n, ratio):
 
 
 def _glass(world: _World, o, d, lights, pixel, colour, index, p, n):
-    """Colour of rays that meet a glass ball: what is seen through it (two refractions), Fresnel glint, tint."""
+    """Colour of rays that meet a glass ball: what is seen through it (two refractions), glint, tint."""
     picked = _is(world, index, _GLASS)
     for b in torch.nonzero(picked.any(1))[:, 0].tolist():                 # few rays: scene by scene
         r = torch.nonzero(picked[b])[:, 0]
@@ -833,7 +859,8 @@ def _glass(world: _World, o, d, lights, pixel, colour, index, p, n):
         leave = p[b, r] + chord * inside
         n2 = (world.centre[b, q] - leave) / world.dims[b, q]
         out = _refract(inside, n2, 1.45)
-        behind, *_ = _radiance(one, leave[None], out[None], one.used & (one.material != _GLASS), lights[b:b + 1, r], pixel[b:b + 1])
+        behind, *_ = _radiance(one, leave[None], out[None], one.used & (one.material != _GLASS),
+                               lights[b:b + 1, r], pixel[b:b + 1])
         cos = (-(d[b, r] * n[b, r]).sum(-1, keepdim=True)).clamp(0, 1)
         fresnel = .04 + .96 * (1 - cos) ** 5
         sun = torch.tensor(world.suns[b].direction(), device=d.device)
@@ -882,7 +909,7 @@ def _draw(jobs, size, samples, device, things: list[tuple[Thing, ...]], shadow_r
     count = max(1, max(len(x) for x in things))
     alpha = torch.stack([(thing == i).float().mean(-1) for i in range(count)], 1)
     room = (thing < 0).float().mean(-1, keepdim=True).permute(0, 3, 1, 2)
-    ids = torch.cat([room, alpha], 1).argmax(1, keepdim=True) - 1         # the thing that covers most of the pixel
+    ids = torch.cat([room, alpha], 1).argmax(1, keepdim=True) - 1  # the thing that covers most of the pixel
     mine = (thing == ids[:, 0, :, :, None]).float()
     depth = ((depth * mine).sum(-1) / mine.sum(-1).clamp(min=1))[:, None]  # never mix depths across an edge
     return Render(rgb, depth, ids, alpha, *_labels(ids, things))
@@ -894,7 +921,8 @@ def _labels(ids, things):
     table = torch.zeros(2, len(things), width, dtype=torch.long)
     for b, row in enumerate(things):
         for i, thing in enumerate(row):
-            table[0, b, i + 1], table[1, b, i + 1] = KINDS.index(thing.kind) + 1, COLOURS.index(thing.colour) + 1
+            table[0, b, i + 1] = KINDS.index(thing.kind) + 1
+            table[1, b, i + 1] = COLOURS.index(thing.colour) + 1
     table = table.to(ids.device)
     flat = (ids + 1).flatten(1)
     return tuple(torch.gather(t, 1, flat).view_as(ids) for t in table)
@@ -931,19 +959,20 @@ def _render_jobs(jobs, size, samples, device, shadow_rays) -> Render:
 
 def render(scenes: Scene | list[Scene], size: int | tuple[int, int] = SIZE, samples: int = 2, device="cpu",
            shadow_rays: int = 2) -> Render:
-    """Ray-cast one scene or many. size: side or (H, W); samples: rays per side of a pixel (2 = 2x2 per pixel);
-    shadow_rays: points of the sun that each ray asks (x samples^2 per pixel). Deterministic."""
+    """Ray-cast one scene or many. size: side or (H, W); samples: rays per side of a pixel (2 = 2x2 per
+    pixel); shadow_rays: points of the sun that each ray asks (x samples^2 per pixel). Deterministic."""
     scenes = [scenes] if isinstance(scenes, Scene) else list(scenes)
     if not scenes:
         raise ValueError("nothing to render: give at least one scene")
     return _render_jobs([(s, None, 1e9) for s in scenes], size, samples, device, shadow_rays)
 
 
-def only(scene: Scene, index: int, sun: Sun | None = None, size=SIZE, samples: int = 2, device="cpu") -> torch.Tensor:
+def only(scene: Scene, index: int, sun: Sun | None = None, size=SIZE, samples: int = 2,
+         device="cpu") -> torch.Tensor:
     """Thing `index` alone, unoccluded and without its cast shadow: RGBA (1,4,H,W), straight alpha.
 
-    Lit by `sun` when given, which is what a cut-out from another photograph looks like. Colour is kept unmixed
-    at the rim (each pixel averages its own samples of the thing only)."""
+    Lit by `sun` when given, which is what a cut-out from another photograph looks like. Colour is kept
+    unmixed at the rim (each pixel averages its own samples of the thing only)."""
     _check_index(scene, index)
     alone = replace(scene, things=(replace(scene.things[index], on=None),), sun=sun or scene.sun)
     return cut_out(alone, 0, size, samples, device)
@@ -968,7 +997,7 @@ def cut_out(scene: Scene, index: int, size=SIZE, samples: int = 2, device="cpu")
 
 
 def composite_truth(a: Scene, b: Scene, at: float, size=SIZE, samples: int = 2, device="cpu") -> Render:
-    """The true composite of two scenes: A's surfaces nearer than `at` metres (floor too), B's for the rest, B's sun.
+    """The true composite of two scenes: A's surfaces nearer than `at` metres (floor too), B's rest and sun.
 
     Both are seen by A's camera. Ids count A's things first, then B's."""
     if not NEAR < at < FAR:
@@ -976,19 +1005,20 @@ def composite_truth(a: Scene, b: Scene, at: float, size=SIZE, samples: int = 2, 
     return _render_jobs([(a, replace(b, camera=a.camera), float(at))], size, samples, device, 2)
 
 
-# ---------------------------------------------------------------------------------------------- benchmark cases
+# ---------------------------------------------------------------------------------------------- cases
 def other_sun(sun: Sun) -> Sun:
     """A clearly different light: from the other side, higher and cooler or warmer."""
-    return replace(sun, azimuth=-math.copysign(178 - abs(sun.azimuth), sun.azimuth), elevation=66 - sun.elevation,
-                   warmth=.22 - sun.warmth)
+    return replace(sun, azimuth=-math.copysign(178 - abs(sun.azimuth), sun.azimuth),
+                   elevation=66 - sun.elevation, warmth=.22 - sun.warmth)
 
 
 def insertion_case(seed: int) -> dict:
     """One object-insertion task with its truth, found from a seed by a fixed rule.
 
     Returns scene (with the thing), index, background (scene without it), at (metres: the thing's front),
-    sun (the light of the cut-out). Looks for a thing that is visible on 2.5 % of the picture, changes the light on 1.5 %
-    around it, carries nothing, and is partly hidden by something nearer; takes the best of a few rooms."""
+    sun (the light of the cut-out). Looks for a thing that is visible on 2.5 % of the picture, changes the
+    light on 1.5 % around it, carries nothing, and is partly hidden by something nearer; takes the best of a
+    few rooms."""
     best, best_score = None, -1.
     for k in range(64):
         scene = sample(_sibling(seed, k))
@@ -1022,11 +1052,12 @@ def _insertion_score(scene: Scene, i: int) -> float:
 
 
 def composite_case(seed: int) -> tuple[Scene, Scene, float]:
-    """One scene-compositing task: (a, b, at) with one camera. A has a thing nearer than `at`, B one beyond it."""
+    """One scene-compositing task: (a, b, at), one camera. A has a thing nearer than `at`, B one beyond."""
     for k in range(12):
         a = sample(seed if k == 0 else _sibling(seed, k))
         b = sample(_sibling(seed, 100 + k), camera=a.camera)
-        near = sorted((a.depth_of(i) + t.footprint, i) for i, t in enumerate(a.things) if t.on is None and t.kind != "glass")
+        near = sorted((a.depth_of(i) + t.footprint, i) for i, t in enumerate(a.things)
+                      if t.on is None and t.kind != "glass")
         far = sorted((-b.front_of(i), i) for i, t in enumerate(b.things) if t.on is None)
         at = near[0][0] + .08 if near else FAR
         if far and at < 4.6 and -far[0][0] > at:
@@ -1039,8 +1070,9 @@ EXAMPLE = 20003468               # the room of lesson 00: a white table
 
 
 def write_examples(folder) -> list:
-    """A room, its depth as a sensor would store it (16-bit millimetres) and a chair cut out under another sun, as files
-    for `make edit`; made by the project, so nobody needs a photograph to try it. Returns the paths."""
+    """A room, its depth as a sensor would store it (16-bit millimetres) and a chair cut out under another
+    sun, as files for `make edit`; made by the project, so nobody needs a photograph to try it. Returns the
+    paths."""
     from pathlib import Path
 
     from lib import show

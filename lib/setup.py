@@ -649,7 +649,7 @@ def _given(args, known: dict) -> dict:
     words = dict(args.parameter) | {name: os.environ[name] for name in args.env if os.environ.get(name)}
     for name in args.paths:
         if words.get(name):
-            words[name] = str(Path(args.at, Path(words[name]).expanduser()))
+            words[name] = str(Path(args.at, Path(words[name]).expanduser()).absolute())
     return {name: _typed(text, known.get(name, "")) for name, text in words.items()}
 
 

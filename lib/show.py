@@ -1,7 +1,8 @@
 """Pictures in, pictures out: one robust reader, one atomic writer, and crisp labelled views.
 
-Everything in the course reads pictures through `read_image` and shows them through `pictures`, `depth`, `figure`
-or `sheet`. Tensors follow the course's convention: float32, (B, C, H, W), RGB, [0, 1]; RGBA has straight alpha.
+Everything in the course reads pictures through `read_image` and shows them through `pictures`, `depth`,
+`figure` or `sheet`. Tensors follow the course's convention: float32, (B, C, H, W), RGB, [0, 1]; RGBA has
+straight alpha.
 """
 import importlib
 import io
@@ -20,10 +21,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-MAX_PIXELS = 100_000_000        # a 100-megapixel picture is 1.2 GB as float32: above that we ask for a smaller one
+MAX_PIXELS = 100_000_000  # as float32 that is 1.2 GB: above it we ask for a smaller one
 MAX_FIGURE_BYTES = 150_000      # limit of every file in figures/
 DEPTH_CMAP = "magma_r"          # near = bright, far = dark
-ID_COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#eeca3b", "#72b7b2", "#9d755d", "#ff9da6")
+ID_COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#eeca3b", "#72b7b2", "#9d755d",
+              "#ff9da6")
 DPI = 100
 
 
@@ -45,12 +47,13 @@ def to_tensor(picture):
         x = x[None, :, :, None] if x.ndim == 2 else x[None] if x.ndim == 3 else x
         x = x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x
     if x.ndim != 4 or x.shape[1] not in (1, 3, 4) or 0 in x.shape:
-        raise ValueError(f"A picture has 1, 3 or 4 channels and shape (B, C, H, W); this one has {tuple(x.shape)}.")
+        raise ValueError(f"A picture has 1, 3 or 4 channels and shape (B, C, H, W); this one has "
+                         f"{tuple(x.shape)}.")
     return x
 
 
 def to_uint8(picture):
-    """One picture -> uint8 array (H, W) or (H, W, 3 | 4). Clamps to [0, 1]; raises ValueError on NaN or a batch > 1."""
+    """One picture -> uint8 array (H, W) or (H, W, 3 | 4), clamped. ValueError for NaN or a batch > 1."""
     x = to_tensor(picture)
     if x.shape[0] != 1:
         raise ValueError(f"One picture at a time, please: this tensor holds {x.shape[0]}.")
@@ -75,7 +78,7 @@ def over(layer, background=None):
 
 
 def colour_depth(values):
-    """Depth (B, 1, H, W) in [0, 1] or a DepthMap -> colour picture (B, 3, H, W), near = bright, as in `depth`."""
+    """Depth (B, 1, H, W) in [0, 1] or a DepthMap -> colour picture (B, 3, H, W), near = bright."""
     values = values if isinstance(values, torch.Tensor) else values.values
     rgba = torch.from_numpy(colormaps[DEPTH_CMAP](values[:, 0].detach().cpu().clamp(0, 1).numpy()))
     return rgba[..., :3].float().permute(0, 3, 1, 2).contiguous()
@@ -106,7 +109,7 @@ def _open(path):
         raise ValueError(f"{path} is empty (0 bytes): copy or download it again.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")          # Pillow's own size warning: we have a stricter limit below
+            warnings.simplefilter("ignore")  # Pillow's own size warning: our limit is stricter
             picture = Image.open(path)
     except Image.DecompressionBombError:
         raise _too_large(path) from None
@@ -126,7 +129,8 @@ def _reason(error):
 
 def _too_large(path, size=None):
     what = f"{size[0]} x {size[1]} pixels" if size else "far too many pixels"
-    return ValueError(f"{path} has {what}, and the limit is {MAX_PIXELS // 1_000_000} megapixels: make it smaller first.")
+    return ValueError(f"{path} has {what}, and the limit is {MAX_PIXELS // 1_000_000} megapixels: make it "
+                      "smaller first.")
 
 
 def _upright(picture):
@@ -136,6 +140,22 @@ def _upright(picture):
     except (OSError, RuntimeError):
         raise
     except Exception:
+        return picture
+
+
+def _as_srgb(picture):
+    """The colours as sRGB: a phone's Display P3 or a camera's Adobe RGB, taken for sRGB, would look dull."""
+    profile = picture.info.get("icc_profile")
+    if not profile or picture.mode not in ("RGB", "RGBA", "CMYK"):
+        return picture
+    try:
+        from PIL import ImageCms
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(own).lower():    # as it is, bit for bit
+            return picture
+        mode = "RGBA" if picture.mode == "RGBA" else "RGB"
+        return ImageCms.profileToProfile(picture, own, ImageCms.createProfile("sRGB"), 1, outputMode=mode)
+    except Exception:                                # a broken profile is no reason to refuse a good picture
         return picture
 
 
@@ -161,12 +181,15 @@ def _deep_to_float(picture, path):
 
 
 def read_image(path, mode="rgb", max_side=None):
-    """Read any ordinary picture file -> float32 tensor (1, 3, H, W), or (1, 4, H, W) for mode="rgba", in [0, 1].
+    """Read any ordinary picture file -> float32 (1, 3, H, W), or (1, 4, H, W) for mode="rgba", in [0, 1].
 
     Handles EXIF rotation, grey, alpha, CMYK, palette, 16-bit (65535 = 1.0) and animated files (first frame).
-    With mode="rgb" transparent parts are laid over white; with mode="rgba" a picture without alpha gets alpha 1.
+    Colours of another ICC profile become sRGB.
+    With mode="rgb" transparent parts are laid over white; with mode="rgba" a picture without alpha gets alpha
+        1.
     max_side: pictures larger than this (pixels) are made smaller, aspect kept.
-    Raises FileNotFoundError (no such file) or ValueError (folder, empty, broken, too large), each with one sentence.
+    Raises FileNotFoundError (no such file) or ValueError (folder, empty, broken, too large), each with one
+    sentence.
     """
     if mode not in ("rgb", "rgba"):
         raise ValueError(f'mode is "rgb" or "rgba", not {mode!r}.')
@@ -175,7 +198,7 @@ def read_image(path, mode="rgb", max_side=None):
     picture = _open(path)
     try:
         picture.load()
-        picture = _upright(picture)
+        picture = _as_srgb(_upright(picture))
         if picture.mode[0] in "IF":
             deep = _shrink(_deep_to_float(picture, path), max_side)
             grey = to_tensor(np.asarray(deep)).clamp(0, 1).expand(1, 3, -1, -1)
@@ -185,7 +208,8 @@ def read_image(path, mode="rgb", max_side=None):
     except ValueError:
         raise
     except Exception as error:                       # Pillow's decoders raise many types on a damaged file
-        raise ValueError(f"{path} is damaged or cut short ({_reason(error)}): copy or download it again.") from None
+        raise ValueError(f"{path} is damaged or cut short ({_reason(error)}): copy or download it "
+                         f"again.") from None
     finally:
         picture.close() if hasattr(picture, "fp") else None
     x = to_tensor(np.array(picture))
@@ -214,7 +238,7 @@ def _umask():
 
 
 def save_image(picture, path, bits=8):
-    """Save one picture (1, 1 | 3 | 4, H, W) in [0, 1] as .png, .jpg or .webp (by suffix), atomically. Returns the path.
+    """Save one picture (1, 1 | 3 | 4, H, W) in [0, 1] as .png, .jpg or .webp, atomically. Returns the path.
 
     bits=16 keeps a one-channel picture (a depth map) in 16-bit PNG. Values outside [0, 1] are clamped.
     Raises ValueError for NaN, a batch, an unknown suffix, or alpha in a JPEG.
@@ -231,7 +255,7 @@ def save_image(picture, path, bits=8):
             raise ValueError("bits=16 is for one-channel PNG files.")
         array = (to_tensor(picture)[0, 0].clamp(0, 1).numpy() * 65535).round().astype(np.uint16)
     buffer = io.BytesIO()
-    png = {"optimize": array.size < 3_000_000}  # of a large picture: a few per cent smaller, five times as slow
+    png = {"optimize": array.size < 3_000_000}  # a large one: a few per cent smaller, 5x as slow
     options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, png)
     Image.fromarray(array).save(buffer, kind, **options)
     return _atomic(path, buffer.getvalue())
@@ -240,7 +264,7 @@ def save_image(picture, path, bits=8):
 # ---------------------------------------------------------------- views
 
 class View(Figure):
-    """A matplotlib Figure that shows itself in a notebook once, with or without `%matplotlib inline`, and has alt text."""
+    """A matplotlib Figure that shows itself once, with or without `%matplotlib inline`, and has alt text."""
 
     alt = "picture"
 
@@ -255,10 +279,11 @@ class View(Figure):
 
 
 def _flat(images):
-    """A tensor, or a list of tensors / arrays / batches -> list of (1, C, H, W); ids (integer tensors) are coloured."""
+    """A tensor, or a list of tensors / arrays / batches -> list of (1, C, H, W); integer ids are coloured."""
     flat = []
     for image in images if isinstance(images, (list, tuple)) else [images]:
-        whole = isinstance(image, torch.Tensor) and not image.is_floating_point() and image.dtype != torch.uint8
+        tensor = isinstance(image, torch.Tensor)
+        whole = tensor and not image.is_floating_point() and image.dtype != torch.uint8
         image = ids(image) if whole else to_tensor(image)
         flat += list(image.split(1))
     return flat
@@ -270,15 +295,15 @@ def _grid(count, columns):
 
 
 def _fit(size, target):
-    """Whole-number enlargement of a small picture (crisp, even pixels), or a fractional reduction of a large one."""
+    """Whole-number enlargement of a small picture (crisp, even pixels); any reduction of a large one."""
     return max(1, round(target / size)) if size <= target * 1.4 else target / size
 
 
 def pictures(images, titles=None, columns=None, height=2.4, cmap="gray", vmin=0.0, vmax=1.0, bar=None):
     """Show pictures side by side, small ones enlarged by a whole number so that each pixel stays crisp.
 
-    images: one tensor or a list; (B, C, H, W) batches are spread out. RGB as it is, RGBA on a checkerboard, one
-    channel through `cmap` between vmin and vmax, integer ids in one colour for each object.
+    images: one tensor or a list; (B, C, H, W) batches are spread out. RGB as it is, RGBA on a checkerboard,
+    one channel through `cmap` between vmin and vmax, integer ids in one colour for each object.
     titles: one for each picture. height: inches of one picture. bar: label of a colour bar, or None.
     Returns a matplotlib Figure. Raises ValueError when the titles do not match or nothing is given.
     """
@@ -307,7 +332,8 @@ def pictures(images, titles=None, columns=None, height=2.4, cmap="gray", vmin=0.
         if titles:
             axes.set_title(titles[i], fontsize=10.5, pad=5)
     if bar:
-        _add_bar(view, shown, bar, (width - right + 4) / width, (gap + 4) / total, 14 / width, (cell_h - 8) / total)
+        _add_bar(view, shown, bar, (width - right + 4) / width, (gap + 4) / total, 14 / width,
+                 (cell_h - 8) / total)
     view.alt = "pictures: " + "; ".join(t.replace("\n", " ") for t in titles) if titles else "pictures"
     return view
 
@@ -354,7 +380,8 @@ def figure(name, alt=None, width=None):
 def tile(images, labels, columns=None, scale=None, title=None):
     """Labelled pictures side by side as one PIL picture: as `pictures`, without matplotlib, in milliseconds.
 
-    images: list of (1, C, H, W); labels: one for each (may be ""). scale: whole-number enlargement (chosen when None).
+    images: list of (1, C, H, W); labels: one for each (may be ""). scale: whole-number enlargement (chosen
+    when None).
     """
     flat = _flat(images)
     if len(flat) != len(labels):
@@ -374,16 +401,18 @@ def table(rows, header):
 def sheet(images, labels, path, columns=None, scale=None, title=None, max_bytes=MAX_FIGURE_BYTES):
     """Write one labelled PNG of many pictures: the benchmark's sheets and the files in figures/.
 
-    images: list of (1, C, H, W); labels: one for each (may be ""). scale: whole-number enlargement (chosen when None).
-    A file above max_bytes is saved with 256 colours, then at a smaller scale. Returns the path.
+    images: list of (1, C, H, W); labels: one for each (may be ""). scale: whole-number enlargement (chosen
+    when None). A file above max_bytes is saved with 256 colours, then at a smaller scale. Returns the path.
     """
     scale = scale or max(1, round(200 / max(x.shape[-2] for x in _flat(images))))
     for step in range(scale, 0, -1):
         drawn = tile(images, labels, columns, step, title)
-        for data in (_png(drawn), _png(drawn.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE))):
+        fewer = drawn.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        for data in (_png(drawn), _png(fewer)):
             if max_bytes is None or len(data) <= max_bytes:
                 return _atomic(Path(path), data)
-    raise ValueError(f"{path} would be {len(data) // 1000} kB, more than {max_bytes // 1000} kB: show fewer pictures.")
+    raise ValueError(f"{path} would be {len(data) // 1000} kB, more than {max_bytes // 1000} kB: show fewer "
+                     "pictures.")
 
 
 def _png(picture):
@@ -399,7 +428,8 @@ def _draw_sheet(flat, labels, columns, scale, title):
     font, big = ImageFont.load_default(13), ImageFont.load_default(16)
     lines = max((text.count("\n") + 1 for text in labels if text), default=0)
     top, gap, head = 17 * lines + (5 if lines else 0), 8, 28 if title else 0
-    canvas = Image.new("RGB", (columns * (cell_w + gap) + gap, head + rows * (cell_h + top + gap) + gap), "white")
+    size = columns * (cell_w + gap) + gap, head + rows * (cell_h + top + gap) + gap
+    canvas = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(canvas)
     if title:
         pen.text((gap, gap), title, fill="black", font=big)
@@ -409,17 +439,19 @@ def _draw_sheet(flat, labels, columns, scale, title):
         pen.multiline_text((left + 1, upper), label, fill="black", font=font, spacing=2)
         array = to_uint8(over(x) if x.shape[1] == 4 else x)
         picture = Image.fromarray(array).convert("RGB")
-        canvas.paste(picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST),
-                     (left, upper + top))
+        size = picture.width * scale, picture.height * scale
+        canvas.paste(picture.resize(size, Image.Resampling.NEAREST), (left, upper + top))
     return canvas
 
 
 # ---------------------------------------------------------------- what every lesson's card and map say
 
-COURSE = {"00": "Start here: the world, the convention, one edit", "01": "Latent space", "02": "Self-attention",
-          "03": "Diffusion from scratch", "04": "Inpainting", "05": "Image completion, trained",
+COURSE = {"00": "Start here: the world, the convention, one edit", "01": "Latent space",
+          "02": "Self-attention", "03": "Diffusion from scratch", "04": "Inpainting",
+          "05": "Image completion, trained",
           "06": "Depth", "07": "Layers at a depth (DeGLaD)", "08": "Feature injection",
-          "09": "FeatGLaC: composing the layers", "10": "Editing with a reference", "11": "Transparent layers",
+          "09": "FeatGLaC: composing the layers", "10": "Editing with a reference", "11": "Transparent "
+                                                                                          "layers",
           "12": "Measuring an edit", "14": "From video to a batch", "15": "25,000 images on two GPUs"}
 
 
@@ -432,8 +464,10 @@ def run_time(lesson):
     row, machine = measured.get("lessons", {}).get(lesson), measured.get("machine", {})
     if not row:
         return Markdown("**Measured run time:** not measured yet (`make times` does it).")
-    where = f"{machine.get('cpu_cores', '?')} CPU cores" if machine.get("device", "cpu") == "cpu" else machine["device"]
-    return Markdown(f"**Measured run time:** {row['seconds']:.0f} s and at most {row['memory_gb']:.1f} GB of memory, "
+    device = machine.get("device", "cpu")
+    where = f"{machine.get('cpu_cores', '?')} CPU cores" if device == "cpu" else device
+    return Markdown(f"**Measured run time:** {row['seconds']:.0f} s and at most {row['memory_gb']:.1f} GB "
+                    "of memory, "
                     f"on {where}.")
 
 
@@ -446,7 +480,8 @@ def course_map(here="00"):
     lines = []
     for number in sorted(set(COURSE) | set(files)):
         title = COURSE.get(number) or files[number][3:-6].replace("_", " ")
-        link = f"[{number} · {title}]({files[number]})" if number in files else f"{number} · {title} *(to come)*"
+        words = f"{number} · {title}"
+        link = f"[{words}]({files[number]})" if number in files else f"{words} *(to come)*"
         lines.append(f"* **{link}** you are here" if number == here else f"* {link}")
     return Markdown("\n".join(lines))
 
@@ -454,9 +489,10 @@ def course_map(here="00"):
 # ---------------------------------------------------------------- figures/
 
 def figure_makers():
-    """Names of the modules that draw stored pictures with `make_figures(folder)`: lib.widgets and each lesson's own."""
+    """Names of the modules that draw stored pictures with `make_figures(folder)`: those of the widgets."""
     import lib
-    return sorted(m.name for m in pkgutil.iter_modules(lib.__path__, "lib.") if m.name.startswith("lib.widgets"))
+    names = (m.name for m in pkgutil.iter_modules(lib.__path__, "lib."))
+    return sorted(name for name in names if name.startswith("lib.widgets"))
 
 
 def make_figures(folder=None):

@@ -29,6 +29,17 @@ def test_attention_equals_sdpa(shape):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_scores_do_not_overflow(dtype):
+    """q . k is 120,000 here, more than float16 holds, before it is divided by sqrt(d)."""
+    q, k, v = (rand(1, 6, 64, seed=s).to(dtype) for s in range(3))
+    q, k = q + 40, k + 45
+    ours, weights = attention.attention(q, k, v, return_weights=True)
+    assert ours.dtype == weights.dtype == dtype and torch.isfinite(weights).all()
+    assert torch.allclose(ours, F.scaled_dot_product_attention(q, k, v), atol=2e-2)
+    assert torch.allclose(weights.float().sum(-1), torch.ones(1, 6), atol=2e-2)
+
+
 def test_layers_of_the_tiny_unet(tiny_pipe):
     found = attention.layers(tiny_pipe.unet)
     assert [x.fraction for x in found] == [1, 0.5, 0.25, 0.25, 0.25, 0.25, 0.5, 0.5, 1, 1]
@@ -180,6 +191,8 @@ def test_parts_strength_window_and_layers_matter(tiny_pipe):
         for b in results[:i]:
             assert (a - b).abs().max() > 1e-4
     assert torch.allclose(with_(strength=0.0), plain, atol=1e-5)
+    with pytest.raises(ValueError, match="works at the fractions"):
+        with_(strength={0.3: 1.0})
     assert torch.allclose(with_(mask=torch.zeros(1, 1, 16, 16), mode="concat"), plain, atol=1e-5)
 
 

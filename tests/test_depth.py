@@ -129,6 +129,11 @@ def test_at_says_what_is_wrong(text, words):
         D.given(ramp()).at(text)
 
 
+def test_a_scale_that_is_the_wrong_way_round_is_refused():
+    with pytest.raises(ValueError, match="far .* must be more metres than near"):
+        D.from_metric(ramp(), near=8.0, far=1.0)
+
+
 def test_metres_are_refused_on_a_relative_map():
     with pytest.raises(ValueError, match="metres.*from 0"):
         D.from_inverse(1 / ramp()).at("2.4m")
@@ -151,6 +156,75 @@ def test_holes_take_the_nearest_measurement_and_stay_marked():
     assert torch.equal(filled.values, D.given(z).values)  # the edge is sharp again and in its place
     assert filled.valid.sum() == mm.size - 80 and torch.equal(D.fill_holes(filled).values, filled.values)
     assert set(filled.values.unique().tolist()) == {0.0, 1.0}  # and no depth was invented
+
+
+def in_shadow(z, focal, baseline=0.075):
+    """Metres (1, 1, H, W) and what a depth camera of that baseline leaves out of them: (measured, mask of the shadows)."""
+    seen = D.imitate_sensor(z, focal, baseline, step=1e-3, reach=1e3, margin=0)
+    return torch.where(seen > 0, z, 0.0), seen == 0
+
+
+def nearest(seen, near, far):
+    """The metres that the nearest measurement gives: what `fill_holes` does where it knows no metres."""
+    found = D.from_metric(seen, near, far)
+    filled = D.fill_holes(D.DepthMap(found.values, "relative", found.near, found.far, found.valid))
+    return near + filled.values * (far - near)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_stereo_shadow_is_filled_with_what_lies_behind(mirrored):
+    turn = lambda x: x.flip(-1) if mirrored else x
+    z = torch.full((1, 1, 12, 200), 4.0)
+    z[..., 100:140] = 1.5
+    seen, shadow = in_shadow(z, focal=0.82 * 200)
+    assert shadow[0, 0, 0].nonzero()[:, 0].tolist() == list(range(100 - shadow[0, 0, 0].sum(), 100)) and shadow.sum() > 40
+    seen[..., 3, 138:144] = 0                             # on the other side of the box: half of it is box
+    seen[..., 5, 60:120] = 0                              # far wider than a shadow
+    seen[..., 7, 20:30] = 0                               # on the wall
+    filled = D.fill_holes(D.from_metric(turn(seen), near=1.0, far=5.0))
+    assert torch.allclose(turn(filled.metres())[shadow], z[shadow], atol=1e-5) or shadow[0, 0, 5].any()
+    rest = torch.ones(12, dtype=torch.bool)
+    rest[5] = False
+    assert torch.allclose(turn(filled.metres())[:, :, rest], z[:, :, rest], atol=1e-5)
+    wide = turn(filled.metres())[0, 0, 5, 60:120]
+    assert (wide[:20] == 4).all() and (wide[45:] < 1.6).all()      # each half from its own end
+    assert torch.equal(filled.valid, turn((seen > 0).float()))
+
+
+def test_in_rendered_rooms_shadows_lie_behind_and_other_holes_lose_little():
+    from lib import scenes
+    error = {"shadow": [], "nearest": [], "dots": [], "dots, nearest": []}
+    for seed in scenes.seeds("val", 10, start=500):
+        scene = scenes.sample(seed)
+        z = scenes.render(scene, size=160, samples=1, shadow_rays=1).depth
+        seen, shadow = in_shadow(z, D.pinhole((160, 160), scene.camera.fov)[0])
+        rows, columns = ((z[..., 1:] / z[..., :-1]).log().abs() > 0.1)[0, 0].nonzero().T
+        pick = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:8]
+        dots = torch.zeros_like(shadow)                   # small holes on outlines that have another cause
+        dots[0, 0, rows[pick], columns[pick]] = True
+        dots = torch.nn.functional.max_pool2d(dots.float(), 5, 1, 2) > 0
+        seen[dots] = 0
+        mine, other = D.fill_holes(D.from_metric(seen, 1.0, 8.0)).metres(), nearest(seen, 1.0, 8.0)
+        for name, x, where in (("shadow", mine, shadow), ("nearest", other, shadow), ("dots", mine, dots & ~shadow),
+                               ("dots, nearest", other, dots & ~shadow)):
+            error[name].append(((x - z).abs() / z)[where])
+    mean = {name: float(torch.cat(x).mean()) for name, x in error.items()}
+    assert mean["shadow"] < 0.7 * mean["nearest"] and mean["dots"] < 1.2 * mean["dots, nearest"], mean
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shadows_cut_into_real_depth_are_filled_with_what_lies_behind(name):
+    """Measured pixels that a camera with another baseline would not have seen are taken away, and guessed again."""
+    path = TESTDATA / "rgbd" / f"{name}_depth_mm.png"
+    if not path.exists():
+        pytest.skip(f"no test data at {path}; set LAYERS_TESTDATA")
+    found = D.given(path)
+    _, shadow = in_shadow(found.metres(), focal=D.SENSOR_FOCAL * found.size[1])
+    held_out = shadow & (found.valid > 0.5)
+    seen = torch.where(shadow | (found.valid < 0.5), 0.0, found.metres())
+    mine, other = D.fill_holes(D.from_metric(seen, found.near, found.far)).metres(), nearest(seen, found.near, found.far)
+    error = [float(((x / found.metres() - 1).abs())[held_out].mean()) for x in (mine, other)]
+    assert held_out.sum() > 2000 and error[0] < 0.6 * error[1], error
 
 
 def test_trim_keeps_stray_pixels_from_stretching_the_scale():

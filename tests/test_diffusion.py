@@ -49,6 +49,11 @@ def test_ddim_step_with_eta_equals_the_schedulers():
         )
 
 
+def test_more_noise_than_there_is_cannot_be_asked_for():
+    with pytest.raises(ValueError, match="eta must lie between 0"):
+        diffusion.ddim_step(diffusion.ddim(scheduler(), 20), rand(1, 4, 8, 8), 951, rand(1, 4, 8, 8), eta=1.5)
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("steps", [10, 50])
 def test_inverse_step_equals_the_inverse_schedulers(kind, steps):
@@ -77,6 +82,17 @@ def test_q_sample_equals_add_noise_and_keeps_the_clean_end():
     assert torch.allclose(diffusion.q_sample(s, z, t, eps), s.add_noise(z, eps, t), atol=1e-6)
     clean = diffusion.q_sample(s, z, -19, eps)
     assert torch.allclose(clean, s.final_alpha_cumprod.sqrt() * z + (1 - s.final_alpha_cumprod).sqrt() * eps)
+    both = diffusion.q_sample(s, z, torch.tensor([981, -19]), eps)
+    assert torch.allclose(both[1:], clean[1:], atol=1e-6) and torch.allclose(both[0], s.add_noise(z, eps, t)[0], atol=1e-6)
+
+
+def test_a_prompt_that_is_too_long_is_cut_off_aloud(tiny_pipe, recwarn):
+    most = tiny_pipe.tokenizer.model_max_length
+    long, short = "red " * most, "red " * (most - 2)
+    kept = diffusion.embed(tiny_pipe, short)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=f"has {most + 2} tokens and the model reads {most}"):
+        assert torch.equal(diffusion.embed(tiny_pipe, ["a box", long])[1:], kept)
 
 
 def test_embed_equals_encode_prompt(tiny_pipe):

@@ -313,7 +313,7 @@ BAD = [
     (dict(INSERT="purple cow", MODEL="mini"), ValueError, "neither a file nor words"),
     (dict(WHERE="left"), ValueError, "WHERE='left'"),
     (dict(WHERE="0.5,0.05,3"), ValueError, "WHERE"),
-    (dict(HEIGHT="tall"), ValueError, "not a depth|no height"),
+    (dict(HEIGHT="tall"), ValueError, "HEIGHT=tall is no height"),
     (dict(HEIGHT="-1m"), ValueError, "no height"),
     (dict(WHERE="0.49,0.7", AT="3m", HEIGHT="0.05"), ValueError, "wholly hidden"),
     (dict(MODEL="sd16"), ValueError, "neither a known model nor a folder"),

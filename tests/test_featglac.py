@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lib import attention, deglad, depth, diffusion, featglac, latents, light
 from lib.depth import DepthMap
@@ -36,6 +37,15 @@ BASE = {
     "inner_steps": 3,
     "step_size": 0.05, "decode": "residual", "smooth": 0.02, "samples": 1,
 }
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says that it lies on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __new__(cls, x):
+        return x.as_subclass(cls)
 
 
 def edit(pipe, scene, mechanism="inject", **options):
@@ -342,12 +352,56 @@ def test_an_object_from_the_prompt_alone(make_pipe, tiny_pipe, scene):
     assert torch.equal(made[0].image[outside], scene[0][outside])
 
 
+def test_painting_is_paid_for_and_obeys_the_settings(make_pipe, scene):
+    pipe, where = make_pipe(), scene[1][:, 3:]
+    make = lambda **more: featglac.insert_object(
+        pipe, scene[0], ramp_depth(), None, "a red box", 0.4, "inpaint", where=where, generator=gen(), **more
+    )
+    by_word, by_settings = make(steps=3), make(settings=featglac.Settings(steps=3))
+    assert torch.equal(by_word.image, by_settings.image) and by_word.passes == by_settings.passes == 2 * 3
+    assert by_word.mechanism == "inpaint" and by_word.seconds > 0.01  # putting the occluder back takes a millisecond
+    with pytest.raises(ValueError, match="wholly hidden"):
+        featglac.paint_object(pipe, scene[0], torch.ones_like(where), where, "a red box", steps=3)
+
+
+def test_a_background_filled_by_a_model_follows_the_seed(make_pipe):
+    a, b = torch.rand(1, 3, 128, 128, generator=gen(1)), torch.rand(1, 3, 128, 128, generator=gen(2))
+    pipe = make_pipe()
+    made = [featglac.compose(pipe, a, ramp_depth(), b, ramp_depth(), 0.4, "a room", "alpha", fill=pipe, steps=3,
+                             generator=gen(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(made[0].image, made[1].image) and made[0].passes == 2 * 3
+    assert not torch.equal(made[0].layers["background"], made[2].layers["background"])
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_inpainting_baseline_uses_the_guidance_that_was_asked_for(tiny_pipe, scene, guidance_scale):
+    made = edit(tiny_pipe, scene, "inpaint", steps=4, guidance_scale=guidance_scale)
+    assert made.passes == 4 * (1 if guidance_scale == 1 else 2)
+
+
+def test_a_small_gradient_guides_in_half_precision_too(make_pipe, scene):
+    """Features' gradients of 5e-8 are float16's last step, and the square of the latent's is 0 there."""
+    from lib import models
+
+    moved = {}
+    for dtype in (torch.float32, torch.float16):
+        pipe = make_pipe()
+        models._cast(pipe, "cpu", dtype)
+        options = {"steps": 4, "inner_steps": 1, "decode": "plain", "weights": (0.0, 2e-5, 8.5e-4)}
+        z = [edit(pipe, scene, "guide", **options, step_size=size).z.float() for size in (0.05, 0.0)]
+        moved[dtype] = (z[0] - z[1]).flatten()
+    half, whole = moved[torch.float16], moved[torch.float32]
+    assert F.cosine_similarity(half, whole, dim=0) > 0.97 and 0.9 < half.norm() / whole.norm() < 1.1
+
+
 def test_compose_puts_the_near_of_a_before_the_far_of_b(tiny_pipe):
     a, b = torch.rand(1, 3, 128, 128, generator=gen(1)), torch.rand(1, 3, 128, 128, generator=gen(2))
     result = featglac.compose(tiny_pipe, a, ramp_depth(), b, ramp_depth(), 0.4, "a room", "alpha")
     near = deglad.nearer(ramp_depth(), 0.4).expand(-1, 3, -1, -1) > 0
     far = ~(featglac.F.max_pool2d(near.float(), 5, 1, 2) > 0)  # deglad fills a pixel more than the near layer
     assert torch.equal(result.image[near], a[near]) and torch.equal(result.image[far], b[far])
+    values = ramp_depth().values  # a plain tensor will do
+    assert torch.equal(featglac.compose(tiny_pipe, a, values, b, values, 0.4, "a room", "alpha").image, result.image)
     full = featglac.compose(tiny_pipe, a, ramp_depth(), b, ramp_depth(), 0.4, "a room", steps=STEPS, soft=1.0)
     assert full.passes > 0 and torch.isfinite(full.image).all()
 
@@ -412,6 +466,7 @@ def test_paste_2d_ignores_depth_and_alpha_does_not(tiny_pipe, scene):
         (lambda b, f, o: (b, f, o[..., :64]), "one size"),
         (lambda b, f, o: (b[..., :120], f[..., :120], o[..., :120]), "multiples of 32"),
         (lambda b, f, o: (b.repeat(2, 1, 1, 1), f, o), "one picture each"),
+        (lambda b, f, o: (b, f, Elsewhere(o)), "on one device"),
     ],
 )
 def test_bad_layers_are_named(tiny_pipe, scene, change, words):
@@ -457,6 +512,8 @@ def test_a_nine_channel_inpainting_unet_can_be_the_generator(make_pipe, scene):
 def test_restoring_afterwards_equals_restoring_at_once(tiny_pipe, scene):
     loose, tight = (edit(tiny_pipe, scene, steps=3, restore=how) for how in ("none", "outside"))
     assert torch.equal(featglac.restored(loose), tight.image) and not torch.equal(loose.image, tight.image)
+    with pytest.raises(ValueError, match="restore must be one of"):
+        featglac.restored(loose, "everything")
 
 
 def test_without_tint_a_thing_keeps_its_hue():

@@ -69,6 +69,10 @@ def test_slerp_keeps_the_norm_of_noise_and_lerp_does_not():
     )
     assert latents.slerp(a, b, 0.5).std() > 0.95 and latents.lerp(a, b, 0.5).std() < 0.75
     assert torch.isfinite(latents.slerp(a, a, 0.5)).all()
+    mixed = latents.slerp(torch.cat([a, a]), torch.cat([a, b]), 0.5)  # a pair without an arc spoils no other
+    assert torch.allclose(mixed[:3], a, atol=1e-6) and torch.equal(mixed[3:], latents.slerp(a, b, 0.5))
+    half = latents.slerp(a.half(), b.half(), 0.5)
+    assert half.dtype == torch.float16 and torch.allclose(half.float(), latents.slerp(a, b, 0.5), atol=5e-3)
     stats = latents.statistics(a)
     assert stats["mean"].shape == (4,) and abs(stats["all_std"] - 1) < 0.05
 

@@ -60,6 +60,17 @@ def test_one_dtype_for_all_parts(tiny_folders):
         assert {p.dtype for p in part.parameters()} == {torch.bfloat16}
 
 
+def test_a_folder_of_half_precision_files_alone_loads(tiny_folders, tmp_path):
+    """`variant="fp16"` folders: diffusers finds no weights in them unless it is told."""
+    whole, folder = models.load(str(tiny_folders / "tiny"), quiet=True), tmp_path / "half"
+    whole.save_pretrained(folder, variant="fp16")
+    assert not list(folder.rglob("diffusion_pytorch_model.safetensors"))
+    found = models.load(str(folder), quiet=True)
+    for part in ("unet", "vae", "text_encoder"):
+        a, b = (dict(getattr(p, part).named_parameters()) for p in (whole, found))
+        assert all(torch.equal(a[k], b[k]) for k in a) and set(a) == set(b)
+
+
 def test_no_text_encoder_key_is_missing_whatever_the_prefix(tiny_folders, tmp_path):
     """The trap: a file with other key names gives random weights and no exception."""
     from safetensors.torch import load_file, save_file

@@ -375,6 +375,8 @@ def test_composite_cases_are_fixed_and_cut_something():
     (lambda s: scenes.render(s, samples=0), "samples must be 1 to 8"),
     (lambda s: scenes.composite_truth(s, s, 9.0), "between 1.0 and 8.0"),
     (lambda s: scenes.sample(10 ** 9), "in no split"),
+    (lambda s: scenes.sample(1, things=0), "1 to 4 things, not 0"),
+    (lambda s: scenes.seeds("test", 3, start=9_999_998), "3 from 9999998 on are not there"),
     (lambda s: scenes.render(replace(s, things=(scenes.Thing("piano", "red", 0, 3),))), "unknown kind 'piano'"),
 ])
 def test_errors_say_what_is_wrong(call, words):

@@ -246,6 +246,9 @@ def test_command_line_types_and_paths(tmp_path, monkeypatch, capsys):
     assert setup.main([*words, "--env", "NAME", "--paths", "NAME", "--at", "/far"]) == 0
     assert seen == {"N": 7, "FLAG": True, "WIDE": "2.4m", "NAME": str(Path("/far/a b'c.png"))}
     assert "executed copy: out.ipynb" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)  # the notebook runs in its own folder, so a path must not depend on this one
+    assert setup.main(["run", str(path), "out.ipynb", "-p", "NAME", "b.png", "--paths", "NAME"]) == 0
+    assert seen["NAME"] == str(tmp_path / "b.png")
 
 
 def test_a_message_of_several_lines_is_kept(tmp_path):

@@ -75,6 +75,34 @@ def test_palette_with_and_without_transparency(tmp_path):
     assert show.read_image(tmp_path / "t.png")[0, :, 0, 1].tolist() == [1.0, 1.0, 1.0]
 
 
+def another_profile():
+    """An ICC profile in which red and green have changed places, and whose name does not say sRGB."""
+    from PIL import ImageCms
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    table = {bytes(data[i:i + 4]): i for i in range(132, 132 + 12 * int.from_bytes(data[128:132], "big"), 12)}
+    red, green = table[b"rXYZ"], table[b"gXYZ"]
+    data[red + 4:red + 8], data[green + 4:green + 8] = data[green + 4:green + 8], data[red + 4:red + 8]
+    return bytes(data).replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
+
+
+def test_colours_of_another_profile_become_srgb(tmp_path):
+    from PIL import ImageCms
+    plain = Image.new("RGB", (8, 6), (200, 40, 90))
+    plain.save(tmp_path / "swapped.png", icc_profile=another_profile())
+    own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    plain.save(tmp_path / "srgb.png", icc_profile=own)
+    plain.save(tmp_path / "broken.png", icc_profile=b"no profile at all")
+    as_it_is = show.to_tensor(plain)
+    assert torch.equal(show.read_image(tmp_path / "srgb.png"), as_it_is)      # bit for bit
+    assert torch.equal(show.read_image(tmp_path / "broken.png"), as_it_is)
+    assert (show.read_image(tmp_path / "swapped.png") - as_it_is[:, [1, 0, 2]]).abs().max() < 3 / 255
+    seen = plain.convert("RGBA")
+    seen.putalpha(100)
+    seen.save(tmp_path / "layer.png", icc_profile=another_profile())
+    layer = show.read_image(tmp_path / "layer.png", mode="rgba")
+    assert (layer[:, :3] - as_it_is[:, [1, 0, 2]]).abs().max() < 3 / 255 and (layer[:, 3] * 255 == 100).all()
+
+
 def test_cmyk(tmp_path):
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "c.jpg", quality=95)
     red = show.read_image(tmp_path / "c.jpg").mean((0, 2, 3))
