@@ -80,6 +80,13 @@ def _through_zero(p, y, w):
     return s, torch.zeros_like(s)
 
 
+def _mixed_counts(p, y, w):
+    n = w.sum((1, 2, 3))
+    s, _ = _normal(p, y, w)
+    s, mean = s * (n - 1) / n, lambda x: (x * w).sum((1, 2, 3)) / n
+    return s, mean(y) - s * mean(p)
+
+
 def _of_the_batch(p, y, w):
     s, t = _normal(p.reshape(1, 1, 1, -1), y.reshape(1, 1, 1, -1), w.reshape(1, 1, 1, -1))
     return s.expand(len(p)), t.expand(len(p))
@@ -113,6 +120,11 @@ register(Check(
                                                      torch.zeros(len(p))),
               "you divide mean by mean, which matches the average only: least squares also asks how both "
               "vary together."),
+        Wrong("shift first", lambda p, y, w: _normal(p, y, w)[::-1],
+              "the two numbers are right and in the wrong order: return s, then t."),
+        Wrong("n and n - 1 mixed", _mixed_counts,
+              "your slope is a little too small: torch's .var() divides by n - 1, a mean of products by n. "
+              "Use means in both (or .var(correction=0))."),
         Wrong("shift forgot the scale",
               lambda p, y, w: (_normal(p, y, w)[0], ((y - p) * w).sum((1, 2, 3)) / w.sum((1, 2, 3))),
               "the scale is right, the shift is not: t = mean(target) - s * mean(prediction), with the s in"
@@ -170,6 +182,12 @@ register(Check(
               "RMSE: you average the pictures' mean squares, so that a picture with few measured pixels "
               "counts as much as a full one. Over the pixels of all pictures together means: one sum, "
               "divided by one count."),
+        Wrong("one AbsRel for all", lambda z, t, v: (((z - t).abs() / t * v).sum() / v.sum(), two_scores(z, t, v)[1]),
+              "AbsRel: you give one number for all pictures together. It is wanted for each: sum over (1, "
+              "2, 3) and keep the batch axis."),
+        Wrong("an RMSE for each picture", lambda z, t, v: (two_scores(z, t, v)[0], _per_picture(z, t, v).sqrt()),
+              "RMSE: you give one for each picture. Here it is asked for once, over the pixels of all "
+              "pictures."),
         Wrong("root forgotten", _scores(pool=lambda z, t, w: ((z - t) ** 2 * w).sum() / w.sum()),
               "RMSE: the root is missing, so your number is in square metres."),
         Wrong("holes count", _scores(weight=torch.ones_like),
@@ -227,6 +245,11 @@ register(Check(
               "this is the share of BAD pixels; delta1 is the share of good ones, 1 is perfect."),
         Wrong("holes count", _delta(lambda z, t: _both(z, t) < 1.25, torch.ones_like),
               "you count unmeasured pixels too: multiply by `valid` and divide by its sum."),
+        Wrong("divided by all pixels", lambda z, t, v: ((_both(z, t) < 1.25).float() * v).mean((1, 2, 3)),
+              "you leave the holes out of the sum, but divide by the number of ALL pixels: divide by the "
+              "sum of `valid`."),
+        Wrong("one number for the batch", lambda z, t, v: ((_both(z, t) < 1.25).float() * v).sum() / v.sum(),
+              "you give one share for all pictures together: sum over (1, 2, 3) and keep the batch axis."),
         Wrong("smaller ratio", _delta(lambda z, t: torch.minimum(z / t, t / z) < 1.25),
               "you take the smaller of both ratios, which is never above 1: every pixel passes. Take the "
               "larger."),
@@ -287,6 +310,8 @@ register(Check(
         Wrong("swapped centre", _unprojected(centre=lambda size: (size[0] / 2, size[1] / 2)),
               "the centre is swapped: the axis passes through column W / 2 and row H / 2, and size is (H, "
               "W)."),
+        Wrong("row for column", lambda c, r, z, size, fov: unproject_pixel(r, c, z, size, fov),
+              "row and column are swapped: X goes with the column, Y with the row."),
         Wrong("not times z", lambda c, r, z, size, fov: tuple(
             v / (z if k < 2 else 1) for k, v in enumerate(unproject_pixel(c, r, z, size, fov))),
               "this is the ray at Z = 1: multiply by z."),

@@ -45,29 +45,30 @@ register(Check(
            "A layer is torch.cat([image * alpha, alpha], 1): three colours and alpha. Return both."],
     wrongs=[
         Wrong("depth sign", lambda i, z, d: _cut(i, (z > d).float(), 1 - (z > d).float()),
-              "the sign of depth is wrong: you took what is FARTHER than d as the foreground. Here 0 = near; raw inverse "
-              "depth (MiDaS, DPT) is the other way round and is converted on the way in."),
+              "the sign of depth is wrong: you took what is FARTHER than d as the foreground. Here 0 = "
+              "near; raw inverse depth (MiDaS, DPT) is the other way round and is converted on the way in."),
         Wrong("swapped", lambda i, z, d: _cut(i, (z >= d).float(), (z < d).float()),
               "the two layers are swapped: return the foreground (depth < d) first, then the background."),
         Wrong("<= at the threshold", lambda i, z, d: _cut(i, (z <= d).float(), (z > d).float()),
-              "you use <= : a surface exactly at d belongs to the BACKGROUND. Whole walls stand at one depth, and "
-              "depth_at() gives exactly the depth of what was clicked, so the difference shows."),
+              "you use <= : a surface exactly at d belongs to the BACKGROUND. Whole walls stand at one "
+              "depth, and depth_at() gives exactly the depth of what was clicked, so the difference shows."),
         Wrong("overlap", lambda i, z, d: _cut(i, (z <= d).float(), (z >= d).float()),
-              "the layers overlap: pixels exactly at d are in both (<= and >=), so their sum is too bright there. Make "
-              "the second mask as 1 - the first."),
+              "the layers overlap: pixels exactly at d are in both (<= and >=), so their sum is too bright "
+              "there. Make the second mask as 1 - the first."),
         Wrong("gap", lambda i, z, d: _cut(i, (z < d).float(), (z > d).float()),
-              "pixels exactly at d are in neither layer (< and >), so they are lost: make the second mask as 1 - the "
-              "first."),
+              "pixels exactly at d are in neither layer (< and >), so they are lost: make the second mask "
+              "as 1 - the first."),
         Wrong("colours kept", lambda i, z, d: (torch.cat([i, (z < d).float()], 1), torch.cat([i, (z >= d).float()], 1)),
-              "alpha is right, but the whole picture still stands in both layers' colours: multiply the image by the mask."),
+              "alpha is right, but the whole picture still stands in both layers' colours: multiply the "
+              "image by the mask."),
         Wrong("one mask for both", lambda i, z, d: (_cut(i, (z < d).float(), (z < d).float())[0],) * 2,
               "both layers use the foreground's mask: the background's alpha is 1 - mask."),
         Wrong("mask at the wrong resolution", _coarse,
-              "your mask is as coarse as the latent (cells of 8 x 8 pixels): cut at the resolution of the picture, and "
-              "make the small mask from it only where a network needs one."),
+              "your mask is as coarse as the latent (cells of 8 x 8 pixels): cut at the resolution of the "
+              "picture, and make the small mask from it only where a network needs one."),
         Wrong("no alpha", lambda i, z, d: (i * (z < d), i * (z >= d)),
-              "the alpha channel is missing: black in a layer could be a black thing or nothing at all. Put the mask "
-              "behind the colours with torch.cat([..., mask], 1)."),
+              "the alpha channel is missing: black in a layer could be a black thing or nothing at all. "
+              "Put the mask behind the colours with torch.cat([..., mask], 1)."),
     ]))
 
 
@@ -92,14 +93,15 @@ register(Check(
            "alpha * colour + (1 - alpha) * below"],
     wrongs=[
         Wrong("taken for premultiplied", lambda l, b: l[:, :3] + (1 - l[:, 3:]) * b,
-              "you add the colour without alpha: that is the formula for PREMULTIPLIED layers. Ours are straight, so "
-              "half-covered pixels come out too bright."),
+              "you add the colour without alpha: that is the formula for PREMULTIPLIED layers. Ours are "
+              "straight, so half-covered pixels come out too bright."),
         Wrong("premultiplied twice", lambda l, b: l[:, :3] * l[:, 3:] ** 2 + (1 - l[:, 3:]) * b,
               "alpha is multiplied into the colour twice: edges get a dark rim. Once is enough."),
         Wrong("alpha inverted", lambda l, b: (1 - l[:, 3:]) * l[:, :3] + l[:, 3:] * b,
               "alpha is inverted: alpha = 1 means that the LAYER is seen."),
         Wrong("below not covered", lambda l, b: l[:, 3:] * l[:, :3] + b,
-              "you add the layer on top of all that lies below: what it covers must go, (1 - alpha) * below."),
+              "you add the layer on top of all that lies below: what it covers must go, (1 - alpha) * "
+              "below."),
         Wrong("hard alpha", lambda l, b: torch.where(l[:, 3:] > 0.5, l[:, :3], b),
               "you cut alpha to 0 or 1: soft edges are lost, and with them the reason for having alpha."),
     ]))
@@ -153,16 +155,19 @@ register(Check(
     source="lib.checks_07:otsu lib.deglad:_otsu",
     praise="Right: the cut that makes each side most alike inside, found by trying all of them.",
     hints=["Try every k from 1 to n - 1. p = count / count.sum() are shares of pixels; which belong to which side?",
-           "w0 = p[:k].sum(), m0 = (p[:k] * x[:k]).sum() / w0 with x = torch.arange(n); the same for the other side.",
+           "w0 = p[:k].sum(), m0 = (p[:k] * x[:k]).sum() / w0 with x = torch.arange(n); the same for the "
+           "other side.",
            "Keep the k with the largest w0 * w1 * (m0 - m1) ** 2, and return it as a whole number."],
     wrongs=[
         Wrong("off by one", _otsu_by(_between, -1),
-              "off by one: you return the last bin of the foreground; the task asks for the NUMBER of its bins, which is "
-              "one more."),
+              "off by one: you return the last bin of the foreground; the task asks for the NUMBER of its "
+              "bins, which is one more."),
         Wrong("without the shares", _otsu_by(lambda w0, w1, m0, m1: (m0 - m1) ** 2),
-              "the shares w0 * w1 are missing: without them, cutting a few extreme pixels off always looks best."),
+              "the shares w0 * w1 are missing: without them, cutting a few extreme pixels off always looks "
+              "best."),
         Wrong("smallest", _otsu_by(lambda *a: -_between(*a)),
-              "you take the SMALLEST variance between the sides: it is the variance WITHIN them that should be small."),
+              "you take the SMALLEST variance between the sides: it is the variance WITHIN them that "
+              "should be small."),
         Wrong("no square", _otsu_by(lambda w0, w1, m0, m1: w0 * w1 * (m1 - m0)),
               "the distance of the means is not squared: w0 * w1 * (m0 - m1) ** 2."),
         Wrong("median", lambda count: int((count.cumsum(0) < count.sum() / 2).sum()) + 1,
@@ -200,17 +205,18 @@ register(Check(
         Wrong("sign", lambda z, s, d: (0.5 + (z - d) / s).clamp(0, 1),
               "the sign is wrong: the NEARER the pixel (small z), the more of it is foreground."),
         Wrong("no half", lambda z, s, d: ((d - z) / s).clamp(0, 1),
-              "the half is missing: z is the depth at the pixel's CENTRE, so at z = d half of it is nearer. Your edge is "
-              "half a pixel off."),
+              "the half is missing: z is the depth at the pixel's CENTRE, so at z = d half of it is "
+              "nearer. Your edge is half a pixel off."),
         Wrong("times slope", lambda z, s, d: (0.5 + (d - z) * s).clamp(0, 1),
-              "you multiply by the slope: a steep surface crosses d within a small part of the pixel, so divide."),
+              "you multiply by the slope: a steep surface crosses d within a small part of the pixel, so "
+              "divide."),
         Wrong("not clamped", lambda z, s, d: 0.5 + (d - z) / s,
               "alpha leaves [0, 1]: a pixel cannot be more than fully covered; clamp."),
         Wrong("hard", lambda z, s, d: (z < d).float(),
               "this is the hard mask: use the slope to find the share of the pixel."),
         Wrong("sigmoid", lambda z, s, d: torch.sigmoid((d - z) / s),
-              "a sigmoid looks soft, but it is not the share of the pixel: it never reaches 0 or 1 and its slope at d is a "
-              "quarter of the right one."),
+              "a sigmoid looks soft, but it is not the share of the pixel: it never reaches 0 or 1 and its "
+              "slope at d is a quarter of the right one."),
     ]))
 
 
@@ -250,19 +256,26 @@ register(Check(
            "torch.where(near < 1, (nearer_or_middle - near) / (1 - near).clamp(min=1e-6), 0 * near)"],
     wrongs=[
         Wrong("difference", _three(lambda n, m: m - n),
-              "the middle alpha is the difference of the coverages: *over* multiplies it with 1 - near once more, so soft "
-              "edges of the front layer let the last layer shine through. Divide by 1 - near."),
+              "the middle alpha is the difference of the coverages: *over* multiplies it with 1 - near "
+              "once more, so soft edges of the front layer let the last layer shine through. Divide by 1 - "
+              "near."),
         Wrong("layers overlap", _three(lambda n, m: m),
-              "the middle layer still holds everything nearer than d2, the front layer too: the two overlap. Take near away."),
+              "the middle layer still holds everything nearer than d2, the front layer too: the two "
+              "overlap. Take near away."),
         Wrong("divided by zero", _three(lambda n, m: (m - n) / (1 - n)),
-              "where the front layer covers all, 1 - near is 0 and you get NaN: set the middle alpha to 0 there."),
+              "where the front layer covers all, 1 - near is 0 and you get NaN: set the middle alpha to 0 "
+              "there."),
         Wrong("last is the rest", _three(lambda n, m: torch.where(n < 1, (m - n) / (1 - n).clamp(min=1e-6), 0 * n),
                                          lambda n, m: 1 - m),
-              "the last layer's alpha is 1 - nearer_or_middle, but *over* already hides it behind the others: behind soft "
-              "edges there would be a hole. It is 1 everywhere."),
+              "the last layer's alpha is 1 - nearer_or_middle, but *over* already hides it behind the "
+              "others: behind soft edges there would be a hole. It is 1 everywhere."),
+        Wrong("shares", lambda n, m: (n, m - n, 1 - m),
+              "these are the shares of the picture that each layer ends up with. An alpha is multiplied by "
+              "what the layers in front let through: divide the middle one by 1 - near; the last is 1 "
+              "everywhere."),
         Wrong("back to front", lambda n, m: three_alphas(n, m)[::-1],
               "the order is wrong: front to back, so near comes first."),
         Wrong("product", _three(lambda n, m: m * (1 - n)),
-              "m * (1 - near) is what one would see of a layer with alpha m behind the front; the task asks for the ALPHA "
-              "whose visible share is nearer_or_middle - near."),
+              "m * (1 - near) is what one would see of a layer with alpha m behind the front; the task "
+              "asks for the ALPHA whose visible share is nearer_or_middle - near."),
     ]))

@@ -35,19 +35,22 @@ register(Check(
            'name.startswith("up_blocks.") and ".attn1." in name, in a list comprehension.'],
     wrongs=[
         Wrong("cross-attention", _chosen(lambda n: n.startswith("up_blocks.") and ".attn2." in n),
-              "these are the cross-attention layers (attn2), where keys and values come from the words: a picture's keys and "
-              "values are in attn1."),
+              "these are the cross-attention layers (attn2), where keys and values come from the words: a "
+              "picture's keys and values are in attn1."),
         Wrong("self and cross", _chosen(lambda n: n.startswith("up_blocks.")),
               "you take both kinds of attention: attn2 looks at the words, and must be left alone."),
         Wrong("everywhere", _chosen(lambda n: ".attn1." in n),
-              "these are the self-attention layers of the whole U-Net: the encoder's (down) and the middle's are among them."),
+              "these are the self-attention layers of the whole U-Net: the encoder's (down) and the "
+              "middle's are among them."),
         Wrong("the encoder", _chosen(lambda n: n.startswith("down_blocks.") and ".attn1." in n),
               "these are the encoder's layers (down_blocks); the decoder climbs back up, in up_blocks."),
         Wrong("module names", _chosen(lambda n: n.startswith("up_blocks.") and ".attn1." in n,
                                       lambda n: n.removesuffix(".processor")),
-              "the layers are right, but you cut `.processor` off: set_attn_processor wants the keys just as they are."),
+              "the layers are right, but you cut `.processor` off: set_attn_processor wants the keys just "
+              "as they are."),
         Wrong("nothing", lambda names: [],
-              "your list is empty: no name fits your test. A patch built on it would change nothing, without any error."),
+              "your list is empty: no name fits your test. A patch built on it would change nothing, "
+              "without any error."),
     ]))
 
 
@@ -86,6 +89,16 @@ def _unprojected(attn, x):
     return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
 
+def _viewed(attn, x):
+    heads = (y.reshape(len(y), attn.heads, y.shape[1], -1) for y in (attn.to_q(x), attn.to_k(x), attn.to_v(x)))
+    return attn.to_out[0](F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+
+
+def _not_scaled(attn, x):
+    q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in (attn.to_q(x), attn.to_k(x), attn.to_v(x)))
+    return attn.to_out[0]((q @ k.mT).softmax(-1).matmul(v).transpose(1, 2).flatten(2))
+
+
 def _one_head(attn, x):
     return attn.to_out[0](F.scaled_dot_product_attention(attn.to_q(x), attn.to_k(x), attn.to_v(x)))
 
@@ -97,14 +110,16 @@ register(Check(
     source="lib.checks_08:recorder lib.attention:TapProcessor.__call__ lib.attention:record",
     praise="Right: the layer gives what it always gave, and its keys and values are kept. A recorder must change nothing.",
     hints=["The layer's own parts are attn.to_q, attn.to_k, attn.to_v, attn.heads and attn.to_out[0].",
-           "Output: heads split, attention, heads merged, then attn.to_out[0]. K and V are kept before the split.",
+           "Output: heads split, attention, heads merged, then attn.to_out[0]. K and V are kept before the "
+           "split.",
            "In [unconditional, conditional] the conditional half is the second one: k[len(k) // 2:]."],
     wrongs=[
         Wrong("unconditional half", _recorder_with(lambda a, x, o, k, v: (o, k[:len(k) // 2], v[:len(v) // 2])),
-              "you keep the unconditional half, the first one: these keys were made for the empty prompt. The order is "
-              "[unconditional, conditional]."),
+              "you keep the unconditional half, the first one: these keys were made for the empty prompt. "
+              "The order is [unconditional, conditional]."),
         Wrong("both halves", _recorder_with(lambda a, x, o, k, v: (o, k, v)),
-              "you keep both halves of the guided call, twice as many pictures as there are: keep the conditional half."),
+              "you keep both halves of the guided call, twice as many pictures as there are: keep the "
+              "conditional half."),
         Wrong("every second", _recorder_with(lambda a, x, o, k, v: (o, k[1::2], v[1::2])),
               "you keep every second picture; the halves lie one behind the other, not interleaved."),
         Wrong("K and V swapped", _recorder_with(lambda a, x, o, k, v: (o, _second(v), _second(k))),
@@ -118,8 +133,14 @@ register(Check(
               "you keep the layer's input; keys and values are what to_k and to_v make of it."),
         Wrong("no output projection", _recorder_with(lambda a, x, o, k, v: (_unprojected(a, x), _second(k), _second(v))),
               "the output projection attn.to_out[0] is missing: the recorder would change the picture."),
+        Wrong("heads by reshape", _recorder_with(lambda a, x, o, k, v: (_viewed(a, x), _second(k), _second(v))),
+              "you reshape (N, C) straight to (heads, N, C / heads), which cuts across tokens: split the "
+              "channels first, unflatten(-1, (heads, -1)), then transpose(1, 2)."),
+        Wrong("not scaled", _recorder_with(lambda a, x, o, k, v: (_not_scaled(a, x), _second(k), _second(v))),
+              "the scores are not divided by sqrt(d), with d the width of ONE head."),
         Wrong("one head", _recorder_with(lambda a, x, o, k, v: (_one_head(a, x), _second(k), _second(v))),
-              "you compute one wide head: split the channels into attn.heads heads first, or the recorder changes the picture."),
+              "you compute one wide head: split the channels into attn.heads heads first, or the recorder "
+              "changes the picture."),
     ]))
 
 
@@ -138,7 +159,7 @@ def _blend_cases(g):
     cases = []
     for b, h, w, c, strength in ((1, 4, 6, 5, 0.7), (2, 3, 5, 4, 0.4)):
         own, near, far = (torch.randn(b, h * w, c, generator=g) for _ in range(3))
-        mask = F.interpolate((torch.rand(b, 1, 2 * h, 2 * w, generator=g) > 0.6).float(), scale_factor=4)
+        mask = F.interpolate((torch.rand(b, 1, 3 * h, 3 * w, generator=g) > 0.6).float(), scale_factor=2)
         cases.append((own, near, far, mask, strength, (h, w)))
     return cases
 
@@ -156,7 +177,8 @@ register(Check(
     source="lib.checks_08:blend_two lib.attention:pool_mask lib.attention:_blend",
     praise="Right: each token draws on the layer that it should belong to, as strongly as you say. This line is FeatGLaC.",
     hints=["First bring the mask to the layer's grid: adaptive_avg_pool2d(mask, size), then (B, N, 1), row by row.",
-           "The guided tokens are m near + (1 - m) far. The strength says how far to go from the own ones to these.",
+           "The guided tokens are m near + (1 - m) far. The strength says how far to go from the own ones "
+           "to these.",
            "(1 - strength) * own + strength * guided."],
     wrongs=[
         Wrong("strength reversed", _blend_with(mix=lambda o, n, f, m, s: s * o + (1 - s) * (m * n + (1 - m) * f)),
@@ -166,13 +188,17 @@ register(Check(
         Wrong("mask inverted", _blend_with(lambda mask, size: _share(1 - mask, size)),
               "near and far are swapped: mask = 1 means that `near` provides."),
         Wrong("mask sampled", _blend_with(lambda mask, size: _tokens(F.interpolate(mask, size, mode="nearest"))),
-              "you take the mask at one pixel of each token; m is the share of the token's area, so average over it."),
+              "you take the mask at one pixel of each token; m is the share of the token's area, so "
+              "average over it."),
+        Wrong("mask interpolated", _blend_with(lambda mask, size: _tokens(F.interpolate(mask, size, mode="bilinear"))),
+              "bilinear interpolation reads the 2 x 2 pixels in the middle of a token; m is the share of "
+              "its whole area: adaptive_avg_pool2d."),
         Wrong("hard mask", _blend_with(lambda mask, size: (_share(mask, size) > 0.5).float()),
               "you round the mask to 0 and 1; tokens on an edge belong to both sources in part."),
         Wrong("mask not resized", lambda own, near, far, mask, strength, size: _blend_with(
             lambda mask, size: _tokens(mask)[:, :own.shape[1]])(own, near, far, mask, strength, size),
-              "the mask is not resized to the layer's grid: you take the first tokens' worth of its pixels, the top rows of "
-              "the picture."),
+              "the mask is not resized to the layer's grid: you take the first tokens' worth of its "
+              "pixels, the top rows of the picture."),
         Wrong("columns first", _blend_with(lambda mask, size: _tokens(F.adaptive_avg_pool2d(mask, size).mT)),
               "tokens are counted row by row, yours column by column: flatten the grid as (h, w)."),
         Wrong("no strength", _blend_with(mix=lambda o, n, f, m, s: m * n + (1 - m) * f),
@@ -216,30 +242,35 @@ register(Check(
     source="lib.checks_08:shared_attention lib.attention:_concat lib.attention:style_aligned",
     praise="Right: own and foreign tokens compete in one softmax. At weight 0 only the own ones would be left.",
     hints=["Join keys with keys and values with values along the tokens (dim 1). The queries stay as they are.",
-           "One softmax over all keys. A token counted w times has w exp(score) in it, which is exp(score + log w).",
+           "One softmax over all keys. A token counted w times has w exp(score) in it, which is exp(score + "
+           "log w).",
            "Add math.log(weight) to the reference's columns of the scores, before the softmax."],
     wrongs=[
         Wrong("replaced", lambda q, k, v, k_ref, v_ref, weight: _plain(q, k_ref, v_ref),
               "this is replacement: the own tokens are gone. Join them: own first, then the reference's."),
         Wrong("blended after the softmax", lambda q, k, v, k_ref, v_ref, weight: (
             _plain(q, k, v) + weight * _plain(q, k_ref, v_ref)) / (1 + weight),
-              "you blend two outputs after two softmaxes, so each side gets its fixed share even where nothing in it fits. "
-              "Use one softmax over all tokens, in which they compete."),
+              "you blend two outputs after two softmaxes, so each side gets its fixed share even where "
+              "nothing in it fits. Use one softmax over all tokens, in which they compete."),
         Wrong("no weight", _shared_with(lambda s, w: s),
               "the weight is not used: every reference token counts as much as an own one."),
         Wrong("weight times score", _shared_with(lambda s, w: s * w),
-              "you multiply the scores by the weight, which also turns a dislike into a smaller dislike: add log(weight)."),
+              "you multiply the scores by the weight, which also turns a dislike into a smaller dislike: "
+              "add log(weight)."),
         Wrong("weight added", _shared_with(lambda s, w: s + w),
               "you add the weight itself: exp(score + w) counts the token exp(w) times. Add log(weight)."),
         Wrong("weight on the values", _shared_with(lambda s, w: s, lambda v, r, w: torch.cat([v, w * r], 1)),
-              "you scale the reference's values: that makes them darker or brighter, not rarer. The weight belongs into the "
-              "softmax."),
+              "you scale the reference's values: that makes them darker or brighter, not rarer. The weight "
+              "belongs into the softmax."),
         Wrong("values in another order", _shared_with(values=lambda v, r, w: torch.cat([r, v], 1)),
               "keys and values are joined in different orders, so keys fetch the wrong values."),
         Wrong("queries joined too", lambda q, k, v, k_ref, v_ref, weight: shared_attention(
             torch.cat([q, k_ref], 1), k, v, k_ref, v_ref, weight),
-              "you joined something to the queries, too: then the layer gives twice as many tokens. Only keys and values are "
-              "shared."),
+              "you joined something to the queries, too: then the layer gives twice as many tokens. Only "
+              "keys and values are shared."),
+        Wrong("not scaled", lambda q, k, v, k_ref, v_ref, weight: shared_attention(
+            q * math.sqrt(q.shape[-1]), k, v, k_ref, v_ref, weight),
+              "the scores are not divided by sqrt(d), with d the width of a query."),
         Wrong("weight on the own", lambda q, k, v, k_ref, v_ref, weight: shared_attention(
             q, k, v, k_ref, v_ref, 1 / weight),
               "the weight acts on the own tokens: a larger weight should bring in more of the reference."),
@@ -265,23 +296,27 @@ register(Check(
     source="lib.checks_08:inverse_step lib.diffusion:ddim_inverse_step lib.diffusion:_move",
     praise="Right: equal to diffusers' DDIMInverseScheduler. The same two lines as the step down, with the levels exchanged.",
     hints=["A DDIM step has two halves: predict z_0 from where you are, then noise it to where you are going.",
-           "You are at the level below: z = sqrt(abar_below) z_0 + sqrt(1 - abar_below) eps. Solve it for z_0.",
+           "You are at the level below: z = sqrt(abar_below) z_0 + sqrt(1 - abar_below) eps. Solve it for "
+           "z_0.",
            "Then z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps, with the same eps: no fresh noise."],
     wrongs=[
         Wrong("levels swapped", lambda z, eps, below, t: inverse_step(z, eps, t, below),
-              "the two levels are swapped: this is the step of generation, from t down. You stand at the level below and climb."),
+              "the two levels are swapped: this is the step of generation, from t down. You stand at the "
+              "level below and climb."),
         Wrong("goes nowhere", lambda z, eps, below, t: inverse_step(z, eps, t, t),
-              "you predict z_0 with abar_t and noise it with abar_t again, so that z comes back unchanged: z lies at the level "
-              "below, use abar_below for the first half."),
+              "you predict z_0 with abar_t and noise it with abar_t again, so that z comes back unchanged: "
+              "z lies at the level below, use abar_below for the first half."),
         Wrong("no roots", lambda z, eps, below, t: t * (z - (1 - below) * eps) / below + (1 - t) * eps,
               "the square roots are missing: abar is a share of variance, and amplitudes go with its root."),
+        Wrong("z_0 too small", lambda z, eps, below, t: t.sqrt() * (z - (1 - below).sqrt() * eps) + (1 - t).sqrt() * eps,
+              "taking the noise off z leaves sqrt(abar_below) z_0: divide by sqrt(abar_below)."),
         Wrong("z taken for z_0", lambda z, eps, below, t: t.sqrt() * z + (1 - t).sqrt() * eps,
               "you noise z as if it were clean: it has some noise already, so predict z_0 first."),
         Wrong("stays clean", lambda z, eps, below, t: (z - (1 - below).sqrt() * eps) / below.sqrt(),
               "this is the predicted z_0: the second half is missing, noise it to level t."),
         Wrong("noise added on top", lambda z, eps, below, t: (t / below).sqrt() * z + (1 - t / below).sqrt() * eps,
-              "this adds noise on top, as the forward process does with *fresh* noise; eps is in z already, and amplitudes of "
-              "the same noise add, not variances."),
+              "this adds noise on top, as the forward process does with *fresh* noise; eps is in z "
+              "already, and amplitudes of the same noise add, not variances."),
         Wrong("sign", lambda z, eps, below, t: t.sqrt() * (z + (1 - below).sqrt() * eps) / below.sqrt() + (1 - t).sqrt() * eps,
               "a sign is wrong: z_0 is what is left when the noise is taken *off*."),
     ]))

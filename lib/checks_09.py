@@ -171,6 +171,9 @@ register(Check(
         Wrong("mean square",
               lambda z, g, sigma, s: z - s * sigma * g / g.square().mean((1, 2, 3), keepdim=True),
               "the root is missing: divide by the root of the mean square."),
+        Wrong("standard deviation", lambda z, g, sigma, s: z - s * sigma * g / g.std((1, 2, 3), keepdim=True),
+              "nearly: a standard deviation takes the mean off and divides by n - 1. The root MEAN SQUARE "
+              "does neither."),
         Wrong("over the batch", lambda z, g, sigma, s: z - s * sigma * g / g.square().mean().sqrt(),
               "one root mean square for the whole batch: the picture with the largest gradient then "
               "decides for the others. Take the mean over dimensions 1, 2, 3 and keep the first."),
@@ -244,6 +247,13 @@ register(Check(
                                                      (before * (a + 0.05) / (b + 0.05)).clamp(0, 1)),
               "you relight the model's decoding, so its blur is all you get: the factor belongs on the "
               "paste."),
+        Wrong("ratio smoothed",
+              lambda p, before, after, r: (p * low_pass((after + 0.05) / (before + 0.05), r)).clamp(0, 1),
+              "you smooth the ratio: where the decoding is dark its wild quotients count as much as any. "
+              "Smooth both decodings first, then divide."),
+        Wrong("guard below only", _relit(lambda p, a, b, *_: (p * a / (b + 0.05)).clamp(0, 1)),
+              "the 0.05 stands in the denominator only, so that a picture which did not change gets "
+              "darker: add it above as well."),
         Wrong("edit alone", _relit(lambda p, a, b, *_: (p * a).clamp(0, 1)),
               "you multiply by the edit instead of by the CHANGE it makes: divide by low-pass(before)."),
         Wrong("not held", _relit(lambda p, a, b, *_: p * (a + 0.05) / (b + 0.05)),

@@ -54,6 +54,9 @@ register(Check(
               lambda e, t, z: ((_square(e, t) * z).sum() / z.sum()).sqrt().expand(len(e)),
               "you pool the pictures of the batch into one number: one value for each picture, so sum over "
               "the axes (1, 2, 3)."),
+        Wrong("one number", lambda e, t, z: ((_square(e, t) * z).sum() / z.sum()).sqrt(),
+              "you give one number for the whole batch: one value for each picture is wanted, so sum over "
+              "the axes (1, 2, 3)."),
         Wrong("root forgotten", lambda e, t, z: (_square(e, t) * z).sum((1, 2, 3)) / z.sum((1, 2, 3)),
               "this is the mean SQUARE error: the root is missing."),
     ]))
@@ -115,6 +118,9 @@ register(Check(
         Wrong("structure only", _window(light=False),
               "the luminance term is missing: a picture that is too bright everywhere would be perfect. "
               "Multiply by (2 mx my + c1) / (mx^2 + my^2 + c1)."),
+        Wrong("means not taken off", lambda x, y, w: _window(structure=False)(x, y, w) * (
+            2 * (w * x * y).sum() + 0.03 ** 2) / ((w * x * x).sum() + (w * y * y).sum() + 0.03 ** 2),
+              "variances and covariance are about the MEANS: take mx and my off before you multiply."),
         Wrong("weights forgotten", _window(mean=lambda v, w: v.mean()),
               "you use plain means: SSIM's window has weights (a Gaussian), so mean(v) = (weights * "
               "v).sum()."),
@@ -146,6 +152,11 @@ def _frechet(root, distance=lambda a, b: ((a - b) ** 2).sum(), twice=2):
     return lambda ma, a, mb, b: float(distance(ma, mb) + np.trace(a) + np.trace(b) - twice * root(a, b))
 
 
+def _root(matrix):
+    from scipy.linalg import sqrtm
+    return np.real(sqrtm(matrix))
+
+
 def _trace_root(a, b):
     return np.sqrt(np.linalg.eigvals(a @ b).astype(complex)).real.sum()
 
@@ -165,6 +176,13 @@ register(Check(
         Wrong("product of every entry", _frechet(lambda a, b: np.sqrt(np.diag(a) * np.diag(b)).sum()),
               "you multiply entry by entry (a * b): it must be the matrix product, cov_a @ cov_b. Entry by "
               "entry is right only when no two features are correlated."),
+        Wrong("product of the roots", _frechet(lambda a, b: np.trace(_root(a) @ _root(b))),
+              "you multiply the roots of both covariances; that is the root of their product only when they "
+              "commute. Take the root of cov_a @ cov_b."),
+        Wrong("sum for trace", lambda ma, a, mb, b: float(((ma - mb) ** 2).sum() + (a + b - 2 * _root(a @ b)).sum()),
+              "you sum ALL entries of the matrix: the trace is the sum of its diagonal, np.trace."),
+        Wrong("root of all", lambda *four: frechet(*four) ** 0.5,
+              "you take a root of the whole at the end: the Frechet distance of FID is left squared."),
         Wrong("distance not squared", _frechet(_trace_root, lambda a, b: np.sqrt(((a - b) ** 2).sum())),
               "the distance of the means must be SQUARED: |mean_a - mean_b|^2, without a root."),
         Wrong("factor 2 missing", _frechet(_trace_root, twice=1),
@@ -258,6 +276,11 @@ def _interval(means):
     return answer
 
 
+def _normal_of_draws(a, b, picks):
+    means = (a - b)[picks].mean(1)
+    return float(means.mean() - 1.96 * means.std()), float(means.mean() + 1.96 * means.std())
+
+
 def _normal(a, b, picks):
     d = a - b
     half = 1.96 * d.std(ddof=1) / len(d) ** 0.5
@@ -285,6 +308,12 @@ register(Check(
         Wrong("90 per cent", lambda a, b, p: tuple(map(float, np.percentile((a - b)[p].mean(1), [5, 95]))),
               "5 and 95 leave out 5 % at EACH end: that is a 90 % interval. For 95 % take the percentiles "
               "2.5 and 97.5."),
+        Wrong("shares for per cent", lambda a, b, p: tuple(
+            map(float, np.percentile((a - b)[p].mean(1), [0.025, 0.975]))),
+              "np.percentile counts in per cent: 2.5 and 97.5 (0.025 and 0.975 are for np.quantile)."),
+        Wrong("normal formula on the draws", _normal_of_draws,
+              "you take 1.96 standard deviations of the draws' means: sensible, but it is not the percentile "
+              "interval, which may lean to one side. Take the percentiles."),
         Wrong("sign", _interval(lambda a, b, p: (b - a)[p].mean(1)),
               "you have b - a: the interval should be of a - b, so its sign is turned round."),
         Wrong("wrong axis", _interval(lambda a, b, p: (a - b)[p].mean(0)),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from lib import depth, masks, scenes, show
 from lib.widgets import panel, slider
 
-EXAMPLE = {"ROOM": 20000006, "POINT": (0.35, 0.45)}        # the lesson's own parameters; a test compares them
+EXAMPLE = {"ROOM": 20000006, "POINT": (0.35, 0.45), "d": 0.33}       # the lesson's own; a test compares them
 MARK = torch.tensor([0.0, 1.0, 1.0]).view(1, 3, 1, 1)      # cyan: the place that is asked
 DEPTH_CUT, RAW_CUT = "depth < d (0 = near)", "raw output < d (the trap)"
 PHOTOS = {"room_chair": "room with a chair", "desk": "desk", "motorcycle": "motorcycle"}
@@ -97,15 +97,22 @@ def depth_probe(image, estimate, raw, x=0.5, y=0.5):
 
     A `panel` of sliders x and y, a choice of what is compared with d, a line of text and three pictures."""
     import ipywidgets
-
-    from lib.widgets_02 import click_picture
     _check_probe(image, estimate, raw, x, y)
     choice = ipywidgets.Dropdown(options=(DEPTH_CUT, RAW_CUT), value=DEPTH_CUT, description="select",
                                  layout=ipywidgets.Layout(width="480px"), style={"description_width": "110px"})
-    controls = {"x": slider(x, 0.0, 1.0, 0.01, "x (left-right)"), "y": slider(y, 0.0, 1.0, 0.01, "y (top-down)"),
-                "what": choice}
-    box = panel(lambda x, y, what: (probe_view(image, estimate, raw, x, y, what),
-                                    probe_text(image, estimate, raw, x, y, what)), "depth-probe", **controls)
+    return clickable(lambda x, y, what: (probe_view(image, estimate, raw, x, y, what),
+                                         probe_text(image, estimate, raw, x, y, what)),
+                     "depth-probe", image, x, y, what=choice)
+
+
+def clickable(draw, css_class, image, x=0.5, y=0.5, **controls):
+    """A `panel` with sliders x and y and more controls; where anywidget is installed, beside a picture to click on."""
+    import ipywidgets
+
+    from lib.widgets_02 import click_picture
+    controls = {"x": slider(float(x), 0.0, 1.0, 0.01, "x (left-right)"),
+                "y": slider(float(y), 0.0, 1.0, 0.01, "y (top-down)"), **controls}
+    box = panel(draw, css_class, **controls)
     text, drawn = box.children[-2:]
     drawn.layout = ipywidgets.Layout(align_self="flex-start", max_width="100%")      # its own size, not stretched
     clicker = click_picture(image, x, y)
@@ -113,8 +120,7 @@ def depth_probe(image, estimate, raw, x=0.5, y=0.5):
         return box
     for name in ("x", "y"):
         ipywidgets.link((clicker, name), (controls[name], "value"))
-    beside = ipywidgets.HBox([clicker, ipywidgets.VBox(box.children[:-2])])
-    return ipywidgets.VBox([beside, text, drawn])
+    return ipywidgets.VBox([ipywidgets.HBox([clicker, ipywidgets.VBox(box.children[:-2])]), text, drawn])
 
 
 # ---------------------------------------------------------------- points in space
@@ -302,15 +308,22 @@ def bars(rows, label):
     return view
 
 
-def lines(panels, height=3.2):
-    """Line plots side by side: panels = (title, x label, y label, {name: (xs, ys)}) -> a View. One point: a dot."""
-    width = 4.4 * len(panels) if len(panels) > 1 else 7.6
+def lines(panels, height=3.2, marker="", equal=False):
+    """Line plots side by side: a View. panels: (title, x label, y label, {name: (xs, ys)}, [{name: level}]).
+
+    One point: a dot. A level is a dashed line across. equal: one scale for both axes, so that right angles are right.
+    """
+    width = 4.6 * len(panels) if len(panels) > 1 else 7.6
     view = show.View(figsize=(width, height), dpi=show.DPI, facecolor="white", layout="constrained")
-    for k, (title, x_label, y_label, curves) in enumerate(panels, 1):
+    for k, (title, x_label, y_label, curves, *levels) in enumerate(panels, 1):
         axes = view.add_subplot(1, len(panels), k)
         for i, (name, (xs, ys)) in enumerate(curves.items()):
-            style = {"marker": "o", "ls": ""} if len(xs) == 1 else {"ls": "-" if i == 0 else "--"}
-            axes.plot(xs, ys, lw=1.8, label=name, color=show.ID_COLOURS[i], **style)
+            style = {"marker": "o", "ls": ""} if len(xs) == 1 else {"ls": "-" if marker or i == 0 else "--"}
+            axes.plot(xs, ys, lw=1.8, label=name, color=show.ID_COLOURS[i], **{"marker": marker, "ms": 4} | style)
+        for name, y in (levels[0] if levels else {}).items():
+            axes.axhline(y, color="black", ls="--", lw=1.2, label=name)
+        if equal:
+            axes.set_aspect("equal")
         axes.set_title(title, fontsize=11)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
@@ -375,7 +388,7 @@ def trap_strip(estimator):
     _, world = example()
     found = estimator(world.rgb)
     raw = F.interpolate(estimator.predict(world.rgb).predicted_depth[:, None], size=found.size, mode="bicubic")
-    d = 0.4
+    d = EXAMPLE["d"]
     wrong, right = (stretch(raw) < d).float(), (found.values < d).float()
     images = [world.rgb, show.colour_depth(scenes.to_depth01(world.depth)), show.colour_depth(found),
               stretch(raw).expand(1, 3, -1, -1), *(torch.cat([world.rgb, mask], 1) for mask in (wrong, right))]
@@ -384,7 +397,7 @@ def trap_strip(estimator):
                     f"depth < {d}: the foreground"]
 
 
-def probe_strip(estimator, places=((0.35, 0.45), (0.72, 0.62), (0.5, 0.95))):
+def probe_strip(estimator, places=((0.35, 0.45), (0.72, 0.62), (0.5, 0.2))):
     """The probe without a kernel: three places, each with its cut, right and wrong. (pictures, labels)."""
     _, world = example()
     found = estimator(world.rgb)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from lib import deglad, depth, scenes, show, widgets
 from lib.masks import dilate, erode
 from lib.scenes import Scene
+from lib.widgets_06 import clickable, holes_shown  # noqa: F401  (the lesson draws holes with it)
 
 EXAMPLE = {"FIRST": 20000214}                              # the lesson's own parameter; a test compares them
 THIN = ("chair", "table", "lamp", "plant")                 # kinds with legs, poles and leaves
@@ -94,12 +95,6 @@ def outlined(image, mask, colour=(0.0, 0.9, 1.0)):
     hard = (mask > 0.5).float()
     edge = dilate(hard, 1) - hard
     return image * (1 - edge) + torch.tensor(colour).view(1, 3, 1, 1) * edge
-
-
-def holes_shown(depth_map, colour=(0.6, 0.85, 1.0)):
-    """A DepthMap as a picture (B, 3, H, W), near = bright, with the pixels without a measurement in light blue."""
-    blue = torch.tensor(colour).view(1, 3, 1, 1)
-    return torch.where(depth_map.valid > 0.5, show.colour_depth(depth_map), blue)
 
 
 def zoom(image, x, y, side):
@@ -230,7 +225,7 @@ def choose_view(image, depth_map, x, y, margin=0.03):
                 (slice(max(0, row - r), row + r + 1), slice(column, column + 1))):
         marked[(..., *box)] = torch.tensor([1.0, 0.0, 0.8]).view(1, 3, 1, 1)
     layer = torch.cat([image * mask, mask], 1)
-    picture = show.to_tensor(show.tile([marked, layer], ["click here (x, y)", f"depth < {d:.2f}"], columns=2))
+    picture = show.to_tensor(show.tile([marked, layer], ["the click", f"depth < {d:.2f}"], columns=2))
     chart = show.to_tensor(_pil(histogram(depth_map, {"under the click": here, "d": d}, height=2.6)))
     width = max(picture.shape[-1], chart.shape[-1])
     wide = [F.pad(p, (0, width - p.shape[-1], 0, 0), value=1.0) for p in (picture, chart)]
@@ -241,12 +236,10 @@ def choose_view(image, depth_map, x, y, margin=0.03):
 
 
 def choose_explorer(image, depth_map, x=0.5, y=0.5):
-    """Point at the picture with two sliders: the depth there, its place in the histogram, and the cut it gives."""
+    """Click on the picture (or slide): the depth there, its place in the histogram, and the cut it gives."""
     _check_one(image, depth_map)
-    return widgets.panel(
-        lambda x, y, margin: choose_view(image, depth_map, x, y, margin), "deglad-choose",
-        x=widgets.slider(float(x), 0.0, 1.0, 0.01, "x"), y=widgets.slider(float(y), 0.0, 1.0, 0.01, "y (down)"),
-        margin=widgets.slider(0.03, 0.0, 0.2, 0.01, "behind by"))
+    return clickable(lambda x, y, margin: choose_view(image, depth_map, x, y, margin), "deglad-choose", image, x, y,
+                     margin=widgets.slider(0.03, 0.0, 0.2, 0.01, "behind by"))
 
 
 # ---------------------------------------------------------------- a depth map gone wrong

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lib import attention, diffusion, latents, metrics, scenes, show, widgets
+from lib.widgets_06 import lines  # noqa: F401  (the lesson draws with it)
 
 PAIR = {"FROM": 20000040, "TO": 20000077}         # the lesson's own parameters; a test compares them
 WINDOWS = ((0.0, 1.0), (0.0, 0.34), (0.34, 0.67), (0.67, 1.0))
@@ -183,24 +184,6 @@ def heat_maps(maps, rows, columns, title):
         axes.set_title(f"{name} ({low:.3f} dark, {high:.3f} bright)", fontsize=10)
     view.suptitle(title, fontsize=11)
     view.alt = f"{title}: " + ", ".join(maps)
-    return view
-
-
-def curves(panels, height=3.3):
-    """Line plots side by side: panels are (title, x label, y label, {name: (xs, ys)}, dashed levels {name: y}) -> View."""
-    view = show.View(figsize=(4.9 * len(panels), height), dpi=show.DPI, facecolor="white", layout="constrained")
-    for k, (title, x_label, y_label, lines, levels) in enumerate(panels, 1):
-        axes = view.add_subplot(1, len(panels), k)
-        for (name, (xs, ys)), colour in zip(lines.items(), show.ID_COLOURS):
-            axes.plot(xs, ys, marker="o", ms=4, label=name, color=colour)
-        for name, y in levels.items():
-            axes.axhline(y, color="black", ls="--", lw=1.2, label=name)
-        axes.set_title(title, fontsize=11)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=9)
-    view.alt = "; ".join(title for title, *_ in panels)
     return view
 
 

@@ -87,7 +87,7 @@ def intervals(rows, title, x_label):
     axes.axvline(0, color="black", lw=1)
     axes.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=9)
     axes.invert_yaxis()
-    axes.set_title(title, fontsize=11)
+    view.suptitle(title, fontsize=11)                    # over names and lines: longer than the axes are wide
     axes.set_xlabel(x_label, fontsize=9.5)
     axes.grid(alpha=0.3, axis="x")
     view.alt = title
@@ -238,6 +238,13 @@ def toward(sun, camera):
     return light.Light(to[None], torch.ones(1), azimuth, elevation, math.inf)
 
 
+def believed(found, sun, camera, within=30.0):
+    """(degrees from the likeliest direction of a found `light.Light` to a scene's sun, the chance that it gives
+    to all directions within so many degrees of that sun)."""
+    degrees = (found.directions @ toward(sun, camera).directions[0]).clamp(-1, 1).acos().rad2deg()
+    return float(degrees[0]), float(found.chances[degrees <= within].sum())
+
+
 def told(c):
     """The depth map's light, told more and more of the truth: ({what it is told: picture}, degrees, nats).
 
@@ -264,8 +271,7 @@ def told(c):
     in_front = occluder * (torch.nn.functional.max_pool2d(alpha, 3, 1, 1) > 0)
     relit = {name: featglac.over(c.paste, in_front, (c.paste * change.exp()).clamp(0, 1))
              for name, change in changes.items()}
-    cosine = float((guess.directions[0] * new.directions[0]).sum().clamp(-1, 1))
-    return relit, math.degrees(math.acos(cosine)), guess.evidence
+    return relit, believed(guess, scene.sun, scene.camera)[0], guess.evidence
 
 
 # ---------------------------------------------------------------- journeys through depth

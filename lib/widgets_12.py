@@ -250,7 +250,7 @@ def _pil(view):
     return Image.open(io.BytesIO(view.png())).convert("RGB")
 
 
-def pairs_explorer(rows, first="inject", second="alpha"):
+def pairs_explorer(rows, first="inject", second="geometry"):
     """Choose task, measure and two methods of the board: a `panel` of dots, differences and intervals."""
     import ipywidgets as w
     bounds = ("vae", "vae-residual", "plain-cfg")
@@ -349,5 +349,5 @@ def make_figures(folder):
     folder, judge, e = Path(folder), models.load_judge(quiet=True), example(EXAMPLE["FIRST"])
     paths = [show.sheet(*equal_rmse(judge, e), folder / "12_same_rmse.png", columns=4),
              show.sheet(*damage_strip(judge, e), folder / "12_damage.png", columns=3)]
-    pairs = pairs_view(board()[1], "insertion", "shadow", "inject", "alpha")[0]
+    pairs = pairs_view(board()[1], "insertion", "shadow", "inject", "geometry")[0]
     return paths + [show.sheet([show.to_tensor(pairs)], [""], folder / "12_pairs.png", columns=1)]

@@ -15,4 +15,4 @@ def test_the_widgets_of_lesson_12(lab):
         before, after = choose(page, "pairs-explorer", "guide", dropdown=2)
         assert "guide - alpha" in after and before != after
         _, after = choose(page, "pairs-explorer", "feat_dist", dropdown=1)
-        assert after.startswith("feat_dist, guide - alpha") and after == text(page, "pairs-explorer")
+        assert after.startswith("feat_dist, guide - geometry") and after == text(page, "pairs-explorer")

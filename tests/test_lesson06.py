@@ -27,7 +27,8 @@ ANSWERS = {
     "delta_one": "good = (metres < 1.25 * truth) & (truth < 1.25 * metres)\n"
                  "    return (good * valid).sum((1, 2, 3)) / valid.sum((1, 2, 3))",
     "unproject_pixel": "import math\n    t = math.tan(math.radians(fov / 2))\n    H, W = size\n"
-                       "    return (2 * (column + 0.5) - W) / H * t * z, (H - 2 * (row + 0.5)) / H * t * z, z",
+                       "    return (2 * (column + 0.5) - W) / H * t * z, (H - 2 * (row + 0.5)) / H * t * z, "
+                       "z",
 }
 
 
@@ -83,7 +84,7 @@ def test_no_measured_figure_is_typed():
 
 def test_the_figures_show_the_lessons_own_room():
     parameters = setup.notebook_parameters(PATH)
-    assert parameters["ROOM"] == draw.EXAMPLE["ROOM"]
+    assert parameters["ROOM"] == draw.EXAMPLE["ROOM"] and f'd = {draw.EXAMPLE["d"]}\n' in CODE["trap-cut"]
     for name in ("ROOM", "FIRST"):
         assert scenes.split_of(parameters[name]) == "test"
     scene = scenes.sample(parameters["ROOM"])

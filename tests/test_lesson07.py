@@ -95,6 +95,14 @@ def room():
     return case, r.rgb, z, z.at(f"{case.at}m"), r.ids
 
 
+@pytest.mark.parametrize("bad", [{"ROOMS": 0}, {"STEPS": 0}])
+def test_wrong_parameters_are_refused_before_anything_is_loaded(bad):
+    from types import SimpleNamespace
+    asked = SimpleNamespace(configure=lambda *given: SimpleNamespace(smoke=True))
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        exec(CODE["configure"], {**setup.notebook_parameters(PATH), **bad, "setup": asked})
+
+
 def test_each_room_has_a_thing_in_front_and_a_gap_behind():
     for case in widgets_07.cases(2, first=20000500):
         r = scenes.render(case.scene, size=64)
@@ -180,6 +188,10 @@ def test_shells_move_with_their_controls(room):
                         (widgets_07.choose_explorer(image, z), {0: 0.2, 1: 0.9, 2: 0.1}),
                         (widgets_07.spoil_explorer(image, z, d), {0: "noise", 1: 0.9, 2: 5})):
         *controls, text, picture = box.children
+        if len(controls) == 1:                          # beside a picture to click on
+            clicker, beside = controls[0].children
+            controls, clicker.x = beside.children, 0.9
+            assert controls[0].value == 0.9
         for k, value in change.items():
             before, controls[k].value = picture.value, value
             assert picture.value != before and text.value

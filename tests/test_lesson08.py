@@ -75,6 +75,14 @@ def test_what_a_source_gets_wrong_is_said():
     assert len(said) == 2 and "clean" in said[0] and "timestep $t$" in said[0] and "soft constraint" in said[1]
 
 
+@pytest.mark.parametrize("bad", [{"FROM": 5}, {"TO": 10_000_001}, {"STEPS": 1}, {"ROOMS": 5}])
+def test_wrong_parameters_are_refused_before_anything_is_loaded(bad):
+    from types import SimpleNamespace
+    asked = SimpleNamespace(configure=lambda *given: SimpleNamespace(smoke=True))
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        exec(CODE["configure"], {**setup.notebook_parameters(PATH), **bad, "setup": asked})
+
+
 def test_markdown_has_no_broken_escapes_and_no_measured_number():
     assert not re.search(r"[\a\b\f\v\t\r]", WORDS) and WORDS.count("$") % 2 == 0
     assert not re.search(r"\d+(\.\d+)? (dB|ms|seconds)\b", WORDS) and not re.search(r"\d+ ?%", WORDS)
@@ -222,7 +230,9 @@ def test_strips_and_small_drawings(task, tiny_pipe):
     assert all(abs(float(x.mean() - task.things.mean())) < 1e-5 for x in images)          # pooling loses no area
     view = draw.heat_maps({"a": [[0.1, 0.2], [0.3, 0.4]]}, ["x", "y"], ["p", "q"], "errors")
     assert len(view.png()) > 3000 and "errors" in view.alt
-    assert len(draw.curves([("t", "x", "y", {"a": ([1, 2], [3, 4])}, {"floor": 5})]).png()) > 3000
+    plain, levels = (draw.lines([("t", "x", "y", {"a": ([1, 2], [3, 4])}, *more)], marker="o").png()
+                     for more in ((), ({"floor": 5},)))
+    assert plain != levels and len(plain) > 3000
 
 
 def test_recoloured_changes_every_colour_and_nothing_else():

@@ -16,7 +16,8 @@ CODE = {c.id: c.source for c in LESSON.cells if c.cell_type == "code"}
 WORDS = "\n".join(c.source for c in LESSON.cells if c.cell_type == "markdown")
 ANSWERS = {
     "stack_by_depth": "out = background\n    for i in sorted(range(len(depths)), key=lambda i: -float(depths[i])):\n"
-                      "        a = layers[i:i + 1, 3:]\n        out = layers[i:i + 1, :3] * a + out * (1 - a)\n    return out",
+                      "        a = layers[i:i + 1, 3:]\n        out = layers[i:i + 1, :3] * a + out * (1 - "
+                      "a)\n    return out",
     "mask_to_cells": "kh, kw = mask.shape[-2] // size[0], mask.shape[-1] // size[1]\n"
                      "    blocks = mask.unfold(2, kh, kh).unfold(3, kw, kw).flatten(-2)\n"
                      "    return blocks.mean(-1), (blocks > 0).any(-1).float()",
@@ -68,6 +69,14 @@ def test_the_figures_show_the_lessons_own_rooms_which_no_board_and_no_training_h
     assert {k: given[k] for k in draw.EXAMPLE} == draw.EXAMPLE
     board = set(scenes.seeds("test", 1000))
     assert all(scenes.split_of(seed) == "test" and seed not in board for seed in draw.EXAMPLE.values())
+
+
+@pytest.mark.parametrize("bad", [{"SCENE": 5}, {"PAIR": 5}, {"ROOM": 5}, {"STEPS": 3}, {"ROOMS": 0}])
+def test_wrong_parameters_are_refused_before_anything_is_loaded(bad):
+    from types import SimpleNamespace
+    asked = SimpleNamespace(configure=lambda *given: SimpleNamespace(smoke=True))
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        exec(CODE["configure"], {**setup.notebook_parameters(PATH), **bad, "setup": asked})
 
 
 def test_markdown_has_no_broken_escapes():

@@ -62,6 +62,14 @@ def test_the_figures_show_the_lessons_own_rooms():
         widgets_12.example(5)
 
 
+@pytest.mark.parametrize("bad", [{"ROOMS": 0}, {"SETS": 32}, {"STEPS": 0}])
+def test_wrong_parameters_are_refused_before_anything_is_loaded(bad):
+    from types import SimpleNamespace
+    asked = SimpleNamespace(configure=lambda *given: SimpleNamespace(smoke=True))
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        exec(CODE["configure"], {**setup.notebook_parameters(PATH), **bad, "setup": asked})
+
+
 def test_no_cell_writes_again_what_the_library_has():
     defined = set(re.findall(r"^def (\w+)", "\n".join(CODE.values()), re.M))
     assert defined == {"ready", "use_folder", "install", "find_course", "perceptual", "matching", "per_layer", "ssim_map",
