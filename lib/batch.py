@@ -3,9 +3,10 @@
     python -m lib.batch run FOLDER --input PICTURES     start, or continue
     python -m lib.batch status | retry | report | bench (`--help` explains each)
 
-One picture: decode -> check -> infer -> finite? -> encode -> temp file, fsync, rename -> manifest row, fsync. A picture
-that is done twice gets the same bytes, because its seed comes from its id. That, and the order of the two writes, is
-all that makes the job safe (lib.jobs has the files); everything else here makes it fast or clear.
+One picture: decode -> check -> infer -> finite? -> encode -> temp file, fsync, rename -> manifest row, fsync.
+A picture that is done twice gets the same bytes, because its seed comes from its id. That, and the order of
+the two writes, is all that makes the job safe (lib.jobs has the files); everything else here makes it fast or
+clear.
 
 No torch at the top: a worker starts as fast as its processor (lib.processors) allows.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -26,11 +26,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.jobs import (FINAL, LEASE, BadInput, Claim, Job, Lost, OutputError, Part, Refused, Shard, adopt, open_job,
-                      open_or_create, seed_of, sweep, sync_folder, write_atomic)
+from lib.jobs import (FINAL, LEASE, BadInput, Claim, Job, Lost, OutputError, Part, Refused, Shard, adopt,
+                      digest, open_job, open_or_create, seed_of, sweep, sync_folder, write_atomic)
 
-DONE, BROKEN, USAGE, STOPPED, NO_OUTPUT, NO_START = 0, 1, 2, 3, 4, 5       # exit codes; the last two of workers only
-SUSPECT, GUILTY = 2, 3      # deaths in flight before an input is run alone; deaths alone before it is given up
+DONE, BROKEN, USAGE, STOPPED, NO_OUTPUT, NO_START = 0, 1, 2, 3, 4, 5  # exit codes; the last two of workers
+SUSPECT, GUILTY = 2, 3  # deaths in flight before an input is run alone; deaths alone before it is given up
 
 
 class Poisoned(RuntimeError):
@@ -57,9 +57,10 @@ class Options:
 class Runner:
     """Takes one shard's inputs through decode, infer, check and commit.
 
-    Loader threads decode ahead, one writer thread encodes and commits behind, so that the device waits for neither;
-    at most `AHEAD` batches are decoded and `BEHIND` wait to be written, so memory does not grow with the job. (Names of
-    pictures are strings here and never `Path`s: pathlib interns the parts of each, in a table that grows by megabytes.)
+    Loader threads decode ahead, one writer thread encodes and commits behind, so that the device waits for
+    neither; at most `AHEAD` batches are decoded and `BEHIND` wait to be written, so memory does not grow with
+    the job. (Names of pictures are strings here and never `Path`s: pathlib interns the parts of each, in a
+    table that grows by megabytes.)
     """
     AHEAD, BEHIND, GROW_AFTER = 2, 2, 20
 
@@ -147,7 +148,7 @@ class Runner:
                 raise BadInput(f"the file has changed since the list was frozen ({item['bytes']} bytes then)")
             return self.processor.decode({**item, "path": path}), None, time.perf_counter() - begin
         except Exception as error:
-            text = explain(error).replace(path, "the file")       # the same words for the same fault: countable
+            text = explain(error).replace(path, "the file")  # the same words for the same fault: countable
             return None, Outcome("bad_input", message=text), time.perf_counter() - begin
 
     def _infer(self, loaded):
@@ -157,7 +158,7 @@ class Runner:
         while left:
             group = left[:1 if singles else self.batch]
             begin = time.perf_counter()
-            kind, answer = self._try(group)                       # the exception, and the memory it holds, is gone here
+            kind, answer = self._try(group)  # the exception, and the memory it holds, is gone here
             seconds = time.perf_counter() - begin
             if kind == "oom":
                 self.processor.free()
@@ -171,7 +172,8 @@ class Runner:
             else:
                 outcomes = [self._checked(entry, output) for entry, output in zip(group, answer)]
             self.timing["infer"] += seconds
-            done += [(e[0], {"load": e[3], "infer": seconds / len(group)}, o) for e, o in zip(group, outcomes)]
+            done += [(e[0], {"load": e[3], "infer": seconds / len(group)}, o)
+                     for e, o in zip(group, outcomes)]
             left, singles = left[len(group):], max(0, singles - 1)
             self._grow(kind)
         done[-1][2].oom = ooms                                    # the batch's last row tells of it
@@ -183,8 +185,8 @@ class Runner:
             self.batch, self.good = min(self.largest, self.batch * 2), 0
 
     def _try(self, group, precise=False):
-        """(None, outputs) or (status, message). A picture alone for which memory is too small gets another chance where
-        the processor knows how to do with less."""
+        """(None, outputs) or (status, message). A picture alone for which memory is too small gets another
+        chance where the processor knows how to do with less."""
         kind, answer = self._once(group, precise)
         while kind == "oom" and len(group) == 1 and self.processor.spare():
             self.processor.free()
@@ -210,7 +212,8 @@ class Runner:
         return self._again(entry, "nan", wrong) if wrong else Outcome("ok", *output)
 
     def _again(self, entry, kind, message):
-        """What a failed picture ends as: numbers beyond half precision may be why, whatever it was that they broke."""
+        """What a failed picture ends as: numbers beyond half precision may be why, whatever it was that they
+        broke."""
         if kind == "oom" or not self.processor.half:
             return Outcome(kind, message=message)
         kind, answer = self._try([entry], precise=True)
@@ -218,7 +221,9 @@ class Runner:
         if kind:
             return Outcome(kind, message=answer, precise=True)
         wrong = self.processor.check(answer[0], entry[1])
-        return Outcome("nan", message=wrong, precise=True) if wrong else Outcome("ok", *answer[0], precise=True)
+        if wrong:
+            return Outcome("nan", message=wrong, precise=True)
+        return Outcome("ok", *answer[0], precise=True)
 
     def _commit(self, results):
         """Pictures first, then their rows (writer thread)."""
@@ -240,7 +245,7 @@ class Runner:
             self.timing["load"] += seconds.get("load", 0)
             rows.append(row)
         sync_folder(self.at.out)
-        now = round(time.time(), 3)                               # one for the whole batch, which was worked on as one
+        now = round(time.time(), 3)  # one for the whole batch, which was worked on as one
         rows = [row | {"time": now} for row in rows]
         self.part.append(rows, sync=True)
         self.rows |= {row["id"]: row for row in rows}
@@ -258,9 +263,9 @@ class Runner:
         try:
             write_atomic(os.path.join(self.at.out, name), data)
         except OutputError:
-            self.claim.check()                                    # a thief sweeps temp files: then this is not our disk
+            self.claim.check()  # a thief sweeps temp files: then this is not our disk
             raise
-        row |= {"output": name, "bytes": len(data), "sha": hashlib.blake2b(data, digest_size=12).hexdigest()}
+        row |= {"output": name, "bytes": len(data), "sha": digest(data)}
 
 
 @dataclass
@@ -274,15 +279,17 @@ class Outcome:
     oom: int = 0
 
 
-NO_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory|cu(blas|dnn|solver)_status_alloc_failed|"
-                       "unable to find a valid cudnn algorithm")
+NO_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory|"
+                       "cu(blas|dnn|solver)_status_alloc_failed|unable to find a valid cudnn algorithm")
 LOST = re.compile("device-side assert|illegal memory access|unspecified launch failure|cuda (driver )?error|"
                   "cu(blas|dnn|solver|sparse)_status|cufft")
 
 
 def classify(error) -> str:
-    """"oom", "poisoned", "bad_input" or "error" for what a processor raised. (After a CUDA error that is no lack of
-    memory every later call fails too, so of two readings the graver is taken: a new process costs seconds.)"""
+    """"oom", "poisoned", "bad_input" or "error" for what a processor raised.
+
+    After a CUDA error that is no lack of memory every later call fails too, so of two readings the graver is
+    taken: a new process costs seconds."""
     text = str(error).lower()
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or NO_MEMORY.search(text):
         return "oom"
@@ -310,7 +317,8 @@ def peak_mb() -> float:
         import resource
     except ImportError:
         return 0.0
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3), 1)
+    unit = 1e6 if sys.platform == "darwin" else 1e3
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
 # ---------------------------------------------------------------- a worker
@@ -375,8 +383,8 @@ def _worker_command(args) -> int:
             job.facts["root"] = args.root
         processor = job.processor(args.device)
     except Exception as error:
-        hint = " (--device cpu works without a GPU)" if args.device == "cuda" and not isinstance(error, ValueError) else ""
-        print(f"cannot start: {explain(error)}{hint}", flush=True)
+        no_card = args.device == "cuda" and not isinstance(error, ValueError)
+        print(f"cannot start: {explain(error)}" + " (--device cpu works without a GPU)" * no_card, flush=True)
         return NO_START
     try:
         return work(job, options, args.device, args.index, args.of, processor)
@@ -385,7 +393,7 @@ def _worker_command(args) -> int:
         return NO_OUTPUT
     except Poisoned as error:
         print(f"this process is of no use any more: {error}", flush=True)
-        os._exit(BROKEN)                                          # a lost CUDA context can hang an ordinary exit
+        os._exit(BROKEN)  # a lost CUDA context can hang an ordinary exit
 
 
 # ---------------------------------------------------------------- a run
@@ -442,17 +450,19 @@ def _signals(stopped):
 # ---------------------------------------------------------------- looking at a job
 
 def status(job: Job, verify=False) -> dict:
-    """Counts by status, the commonest messages, and with verify=True the outputs that are missing or damaged."""
+    """Counts by status, the commonest messages, and with verify=True the outputs that are missing or
+    damaged."""
     rows = job.rows()
     counts = Counter(row["status"] for row in rows)
     messages = Counter(f"{row['status']}: {row['message']}" for row in rows if row["status"] != "ok")
     bad = []
     for row in rows if verify else []:
         data = job.shard(row["shard"]).read_output(row) if row["status"] == "ok" else b""
-        if row["status"] == "ok" and (data is None or hashlib.blake2b(data, digest_size=12).hexdigest() != row["sha"]):
+        if row["status"] == "ok" and (data is None or digest(data) != row["sha"]):
             bad.append(row["id"])
     return {"inputs": len(job.items), "finished": len(rows), "left": len(job.items) - len(rows),
-            **{name: counts[name] for name in FINAL}, "shards": len(job.shards), "shards_left": len(job.pending()),
+            **{name: counts[name] for name in FINAL}, "shards": len(job.shards),
+            "shards_left": len(job.pending()),
             "messages": messages.most_common(5), **({"damaged": bad} if verify else {})}
 
 
@@ -466,12 +476,13 @@ def retry(job: Job, statuses) -> int:
 
 def describe(facts: dict) -> str:
     """`status` in words."""
-    lines = [f"{facts['finished']:,} of {facts['inputs']:,} inputs have a final row; {facts['shards_left']} of "
-             f"{facts['shards']} shards are left",
+    lines = [f"{facts['finished']:,} of {facts['inputs']:,} inputs have a final row; {facts['shards_left']} "
+             f"of {facts['shards']} shards are left",
              "  " + "   ".join(f"{name} {facts[name]:,}" for name in FINAL)]
     lines += [f"  {count:6,} x {text}" for text, count in facts["messages"]]
     if "damaged" in facts:
-        lines += [f"  {len(facts['damaged'])} outputs are missing or damaged" + (": " if facts["damaged"] else "")
+        lines += [f"  {len(facts['damaged'])} outputs are missing or damaged"
+                  + (": " if facts["damaged"] else "")
                   + ", ".join(facts["damaged"][:5])]
     return "\n".join(lines)
 
@@ -491,35 +502,54 @@ def _seconds(text) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m lib.batch", description="A resumable job over thousands of pictures.",
-                                     epilog="Exit codes of run: 0 all inputs have a final row; 1 it could not go on "
-                                            "(the message says why); 2 refused, nothing was touched; 3 stopped in good "
-                                            "order, the same command continues.")
+    parser = argparse.ArgumentParser("python -m lib.batch",
+                                     description="A resumable job over thousands of pictures.",
+                                     epilog="Exit codes of run: 0 all inputs have a final row; 1 it could "
+                                            "not go on (the message says why); 2 refused, nothing was "
+                                            "touched; 3 stopped in good order, the same command continues.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="run|status|retry|report|bench")
-    add = commands.add_parser("run", help="start a job, or continue it (only what you give is compared with it)",
+    for fill in (_run_options, _look_options, _bench_options, _worker_options):
+        fill(commands)
+    return parser
+
+
+def _run_options(commands):
+    add = commands.add_parser("run",
+                              help="start a job, or continue it (only what you give is compared with it)",
                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add.add_argument("folder", type=Path, help="the job's folder; everything is kept here")
     add.add_argument("--input", default="", help="a folder of pictures, a text file of paths, or a video")
-    add.add_argument("--process", default="", help="edit, layers, tint, or your own as module:Class (default: edit)")
-    add.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the processor")
+    add.add_argument("--process", default="",
+                     help="edit, layers, tint, or your own as module:Class (default: edit)")
+    add.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+                     help="a setting of the processor")
     add.add_argument("--depth", default="", help="a folder with a depth file for each picture")
     add.add_argument("--step", type=_seconds, default=0, help="seconds between the frames of a video; 0: 0.1")
     add.add_argument("--limit", type=_count, default=0, help="only the first N inputs; 0: all")
-    add.add_argument("--shard-size", type=_count, default=0, help="inputs a shard; 0: 128, less for small jobs")
-    add.add_argument("--pack", choices=("", "files", "tar"), default="", help="single files, or one tar a shard")
+    add.add_argument("--shard-size", type=_count, default=0,
+                     help="inputs a shard; 0: 128, less for small jobs")
+    add.add_argument("--pack", choices=("", "files", "tar"), default="",
+                     help="single files, or one tar a shard")
     add.add_argument("--engine", choices=("local", "ray"), default="local", help="processes here, or Ray")
     add.add_argument("--address", default="", help="a Ray cluster's address")
     add.add_argument("--workers", type=_count, default=0, help="0: one for each GPU, else one")
     add.add_argument("--device", default="auto", help="auto, cuda, cpu or mps")
     add.add_argument("--batch", type=_count, default=0, help="pictures a step; 0: what the processor likes")
     add.add_argument("--loaders", type=_count, default=2, help="decoding threads of each worker")
-    add.add_argument("--lease", type=_seconds, default=LEASE, help="seconds after which a silent worker counts as dead")
-    add.add_argument("--max-seconds", type=_seconds, default=0, help="stop in good order after so long; 0: never")
-    add.add_argument("--done-root", action="append", default=[], help="an earlier session's folder; may be repeated")
+    add.add_argument("--lease", type=_seconds, default=LEASE,
+                     help="seconds after which a silent worker counts as dead")
+    add.add_argument("--max-seconds", type=_seconds, default=0,
+                     help="stop in good order after so long; 0: never")
+    add.add_argument("--done-root", action="append", default=[],
+                     help="an earlier session's folder; may be repeated")
     add.add_argument("--pin", action="store_true", help="worker i on core i only, one thread")
     add.add_argument("--report", action="store_true", help="make the report at the end")
     add.add_argument("--quiet", action="store_true", help="no progress bar")
-    add = commands.add_parser("status", help="counts by status, the commonest messages; exit code 3 while work is left")
+
+
+def _look_options(commands):
+    add = commands.add_parser("status",
+                              help="counts by status, the commonest messages; exit code 3 while work is left")
     add.add_argument("folder", type=Path)
     add.add_argument("--verify", action="store_true", help="read every output and compare its hash")
     add.add_argument("--json", action="store_true")
@@ -529,22 +559,30 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("report", help="HTML that reads offline, CSV and PNG, of the job as it is now")
     add.add_argument("folder", type=Path)
     add.add_argument("--to", type=Path, help="another folder than FOLDER/report")
+
+
+def _bench_options(commands):
     add = commands.add_parser("bench", help="scaling, cost of the commits, memory; on this machine")
-    add.add_argument("--images", type=_count, default=600, help="of the scaling run (default: %(default)s; 0: skip it)")
+    add.add_argument("--images", type=_count, default=600,
+                     help="of the scaling run (default: %(default)s; 0: skip it)")
     add.add_argument("--memory", type=_count, default=0, help="also watch memory over so many cheap pictures")
     add.add_argument("--edits", type=_count, default=0, help="also run the real pipeline on so many frames")
-    add.add_argument("--steps", type=_count, default=50, help="denoising steps of its edits (default: %(default)s)")
+    add.add_argument("--steps", type=_count, default=50,
+                     help="denoising steps of its edits (default: %(default)s)")
     add.add_argument("--device", default="cpu", help="of its edits; cuda: one process, then two on one card")
     add.add_argument("--model", default="mini", help="of its edits; random-sd15 needs no download")
     add.add_argument("--dtype", default="auto", help="of its edits: float16 or float32, to compare them")
-    add = commands.add_parser("worker")                           # what run starts; also a line of a Slurm array
+
+
+def _worker_options(commands):
+    add = commands.add_parser("worker")  # what run starts; also a line of a Slurm array
     add.add_argument("folder", type=Path)
     for name, kind, default in (("index", int, 0), ("of", int, 1), ("batch", int, 0), ("loaders", int, 2),
-                                ("pin", int, -1), ("lease", float, LEASE), ("deadline", float, 0), ("parent", int, 0)):
+                                ("pin", int, -1), ("lease", float, LEASE), ("deadline", float, 0),
+                                ("parent", int, 0)):
         add.add_argument(f"--{name}", type=kind, default=default)
     for name, default in (("device", "cpu"), ("root", ""), ("stop-file", "")):
         add.add_argument(f"--{name}", default=default)
-    return parser
 
 
 def _run_command(args) -> int:
@@ -556,7 +594,8 @@ def _run_command(args) -> int:
     if args.done_root:
         print(f"{adopt(job, args.done_root):,} inputs were finished in earlier sessions")
     options = Options(args.batch, args.loaders, args.lease)
-    plan = Plan(options, args.workers, args.max_seconds, args.engine, args.address, args.pin, args.quiet, args.device)
+    plan = Plan(options, args.workers, args.max_seconds, args.engine, args.address, args.pin, args.quiet,
+                args.device)
     code = run(job, plan)
     print(describe(status(job)))
     if args.report:
@@ -581,7 +620,8 @@ def main(words=None) -> int:
             return _worker_command(args)
         if args.command == "bench":
             from lib import bench
-            return bench.run(args.images, args.edits, args.steps, args.memory, args.device, args.model, args.dtype)
+            return bench.run(args.images, args.edits, args.steps, args.memory, args.device, args.model,
+                             args.dtype)
         job = open_job(args.folder)
         if args.command == "report":
             return _report(args.folder, args.to)
@@ -600,5 +640,5 @@ def main(words=None) -> int:
 
 
 if __name__ == "__main__":
-    from lib import batch                   # the importable module, not its twin called __main__: Ray pickles by name
+    from lib import batch  # the importable module, not its twin called __main__: Ray pickles by name
     sys.exit(batch.main())

@@ -1,13 +1,13 @@
 """`python -m lib.batch bench`: what the job itself costs on this machine, measured, with the load beside it.
 
-    bench                                scaling of two workers against one, cost of the commits, the parent's share
-    bench --memory 25000                 a worker's memory from its 100th image to its last, with a cheap processor
-    bench --edits 12                     the same with the real pipeline, on frames of the sample video
+    bench                  scaling of two workers against one, cost of the commits, the parent's share
+    bench --memory 25000   a worker's memory from its 100th image to its last, with a cheap processor
+    bench --edits 12       the same with the real pipeline, on frames of the sample video
     bench --edits 24 --device cuda --model random-sd15
-                                         one and two processes on one card: images/s, how busy it was, its memory
+                           one and two processes on one card: images/s, how busy it was, its memory
 
-The last part counts the operations of an image too (`operations`), so that images/s become the share of the card's
-peak that is reached: the one number that the budget of lesson 15 has to assume.
+The last part counts the operations of an image too (`operations`), so that images/s become the share of the
+card's peak that is reached: the one number that the budget of lesson 15 has to assume.
 """
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from lib.processors import Output, Tint
 
 
 class Work(Tint):
-    """As much NumPy as `rounds` says, so that a picture takes some tens of milliseconds, as on a fast GPU; and `wait`
-    seconds more that need no core, as on a slow one."""
+    """As much NumPy as `rounds` says, so that a picture takes some tens of milliseconds, as on a fast GPU;
+    and `wait` seconds more that need no core, as on a slow one."""
     defaults = {**Tint.defaults, "rounds": 12, "wait": 0.0}
     batch = 8
 
@@ -58,14 +58,15 @@ def make_inputs(folder: Path, count: int, size=192) -> Path:
 
 
 def rate(job) -> float:
-    """Images a second: the sum of the workers' own rates between their first and last commit (no start-up)."""
+    """Images a second: the sum of the workers' own rates between their first and last commit (no
+    start-up)."""
     stamps = defaultdict(list)
     for row in job.rows():
         stamps[row["worker"]].append(row["time"])
     total = 0.0
     for times in stamps.values():
         times.sort()
-        first = sum(t == times[0] for t in times)                 # the first batch's own work lies before its stamp
+        first = sum(t == times[0] for t in times)  # the first batch's own work lies before its stamp
         total += (len(times) - first) / (times[-1] - times[0]) if times[-1] > times[0] else 0.0
     return total
 
@@ -86,8 +87,8 @@ def timed_run(job, workers: int, device="cpu", pin=True) -> dict:
 # ---------------------------------------------------------------- memory
 
 def memory(rows) -> list[list[tuple[int, float]]]:
-    """For each worker: [(how many images it had done, its peak memory in MB until then), ...], at 100, 1,000 and so on
-    and at its last (for a short run: from a third of it on)."""
+    """For each worker: [(how many images it had done, its peak memory in MB until then), ...], at 100,
+    1,000 and so on and at its last (for a short run: from a third of it on)."""
     peaks = defaultdict(list)
     for row in rows:
         peaks[row["worker"]].append(row["peak_mb"])
@@ -109,23 +110,25 @@ def _long_run(folder, count, say):
     source = make_inputs(Path(folder) / "many", count, 16)
     begin = time.perf_counter()
     found = timed_run(jobs.open_or_create(Path(folder) / "long", source, "tint"), 1)
-    say(f"{count:,} pictures with a cheap processor (tint, 16 x 16 pixels): {time.perf_counter() - begin:.0f} s")
+    say(f"{count:,} pictures with a cheap processor (tint, 16 x 16 pixels): "
+        f"{time.perf_counter() - begin:.0f} s")
     show_memory(found["rows"], say, "cheap processor")
 
 
 # ---------------------------------------------------------------- operations
 
 class Operations(NamedTuple):
-    """Multiplications and additions, in units of 10^12 (TFLOP): of one pass of the U-Net for one sample, of the VAE's
-    encoder and decoder for one picture, of one depth estimate."""
+    """Multiplications and additions, in units of 10^12 (TFLOP): of one pass of the U-Net for one sample, of
+    the VAE's encoder and decoder for one picture, of one depth estimate."""
     unet: float
     encode: float
     decode: float
     depth: float
 
     def image(self, passes, encodes=2, decodes=3, depths=2) -> float:
-        """TFLOP of one edited image. The defaults are the calls of `insert_object` with mechanism "inject" and of the
-        score, as a test counts them: two encodings, three decodings, depth before and after."""
+        """TFLOP of one edited image. The defaults are the calls of `insert_object` with mechanism
+        "inject" and of the score, as a test counts them: two encodings, three decodings, depth before and
+        after."""
         return passes * self.unet + encodes * self.encode + decodes * self.decode + depths * self.depth
 
 
@@ -142,7 +145,8 @@ def tera(function) -> float:
 def operations(model="sd15", side=512) -> Operations:
     """Counted on the device `meta`, which knows shapes and holds no numbers: no weights, no GPU, a second.
 
-    model: "sd15" (with DPT-Large for depth), or a pipeline's folder or name (with mini-depth). side: of its pictures.
+    model: "sd15" (with DPT-Large for depth), or a pipeline's folder or name (with mini-depth). side: of its
+    pictures.
     """
     import torch
     with torch.device("meta"):
@@ -154,7 +158,8 @@ def operations(model="sd15", side=512) -> Operations:
         latent = torch.empty(1, 4, side // 8, side // 8)
         text = torch.empty(1, words, unet.config.cross_attention_dim)
         return Operations(tera(lambda: unet(latent, torch.tensor(500), text)),
-                          tera(lambda: vae.encode(torch.empty(1, 3, side, side))), tera(lambda: vae.decode(latent)),
+                          tera(lambda: vae.encode(torch.empty(1, 3, side, side))),
+                          tera(lambda: vae.decode(latent)),
                           tera(lambda: depth(torch.empty(1, 3, eye, eye))))
 
 
@@ -186,7 +191,8 @@ def _shapes_of(model):
     config = DPTConfig.from_pretrained(home / "mini-depth")
     words = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())["model_max_length"]
     return (UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
-            AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")), words, DPTForDepthEstimation(config),
+            AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")), words,
+            DPTForDepthEstimation(config),
             config.image_size)
 
 
@@ -195,7 +201,8 @@ def _shapes_of(model):
 class Watch:
     """Samples a GPU with nvidia-smi, a few times a second, while the block runs.
 
-    samples: [(time, busy share in %, memory in use in MB), ...]; the memory is the card's, of all that run on it.
+    samples: [(time, busy share in %, memory in use in MB), ...]; the memory is the card's, of all that run on
+    it.
     """
     EVERY = 0.25
 
@@ -206,7 +213,8 @@ class Watch:
         if self.card is not None:
             query = ["nvidia-smi", "-i", self.card, "--query-gpu=timestamp,utilization.gpu,memory.used",
                      "--format=csv,noheader,nounits", "-lms", str(int(1000 * self.EVERY))]
-            by_line = ["stdbuf", "-oL"] if shutil.which("stdbuf") else []     # or the last lines stay in its buffer
+            # or the last lines stay in its buffer
+            by_line = ["stdbuf", "-oL"] if shutil.which("stdbuf") else []
             self.file = tempfile.TemporaryFile("w+")
             with contextlib.suppress(OSError):
                 self.process = subprocess.Popen(by_line + query, stdout=self.file, stderr=subprocess.DEVNULL)
@@ -222,10 +230,12 @@ class Watch:
 
     @staticmethod
     def _sample(line):
-        """Such as "2026/11/25 21:30:00.125, 93, 9120"; None for another ("[N/A]", "No devices were found")."""
+        """Such as "2026/11/25 21:30:00.125, 93, 9120"; None for another ("[N/A]", "No devices were
+        found")."""
         with contextlib.suppress(ValueError):
             stamp, share, used = line.split(",")
-            return datetime.strptime(stamp.strip(), "%Y/%m/%d %H:%M:%S.%f").timestamp(), float(share), float(used)
+            return datetime.strptime(stamp.strip(),
+                                     "%Y/%m/%d %H:%M:%S.%f").timestamp(), float(share), float(used)
 
     def words(self, rows=()) -> str:
         """The busy share between the first and the last image of `rows`: loading the model is no idling."""
@@ -239,8 +249,8 @@ class Watch:
 
 
 def random_pipeline(folder: Path, like="sd15") -> Path:
-    """A Stable Diffusion pipeline folder with random weights: as large as SD 1.5, or "tiny", for tests. Time and memory
-    are those of real weights; the pictures are noise."""
+    """A Stable Diffusion pipeline folder with random weights: as large as SD 1.5, or "tiny", for tests. Time
+    and memory are those of real weights; the pictures are noise."""
     import torch
     from lib import train
     if like == "tiny":
@@ -269,8 +279,8 @@ def _edits(folder, count, steps, device, model, dtype, say):
             found = timed_run(job, workers, device, pin=device == "cpu")
         states, passes = batch.status(job), [row["metrics"].get("passes", 0) for row in found["rows"]]
         each = operations(model, size).image(float(np.mean(passes)))
-        say(f"the real pipeline, {steps} steps, {size} x {size}, {workers} process{'es' * (workers > 1)} on {device}: "
-            f"{found['rate']:.3f} images/s, {states['ok']} of {count} ok")
+        say(f"the real pipeline, {steps} steps, {size} x {size}, {workers} process{'es' * (workers > 1)} on "
+            f"{device}: {found['rate']:.3f} images/s, {states['ok']} of {count} ok")
         say(f"            {np.mean(passes):.0f} passes and {each:.3g} TFLOP an image: "
             f"{each * found['rate']:.3g} TFLOP/s; in inference {found['busy']:.0%} of a worker's time; "
             + watch.words(found["rows"]))
@@ -294,7 +304,8 @@ def _only(card):
 
 # ---------------------------------------------------------------- all of it
 
-def run(images=600, edits=0, steps=50, memory_images=0, device="cpu", model="mini", dtype="auto", say=print) -> int:
+def run(images=600, edits=0, steps=50, memory_images=0, device="cpu", model="mini", dtype="auto",
+        say=print) -> int:
     """Print all of it; returns an exit code (0 also where a number is bad: the reader judges)."""
     from lib import setup
     cores, load = setup.cpus(), os.getloadavg()[0]
@@ -313,7 +324,8 @@ def run(images=600, edits=0, steps=50, memory_images=0, device="cpu", model="min
 def _scaling(folder, images, say):
     """The same inputs with one worker and with two, each pinned to a core with one thread."""
     source = make_inputs(Path(folder) / "in", images)
-    make = lambda n: jobs.open_or_create(Path(folder) / f"workers{n}", source, "lib.bench:Work", shard_size=32)
+    make = lambda n: jobs.open_or_create(Path(folder) / f"workers{n}", source, "lib.bench:Work",
+                                         shard_size=32)
     one, two = (timed_run(make(n), n) for n in (1, 2))
     say(f"one worker  {one['rate']:7.1f} images/s")
     say(f"two workers {two['rate']:7.1f} images/s: {two['rate'] / one['rate']:.2f} x")

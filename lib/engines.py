@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 from lib import batch
 from lib.batch import BROKEN, DONE, NO_OUTPUT, NO_START, STOPPED, USAGE
-from lib.jobs import FINAL, Job, OutputError, Refused, is_manifest_row, open_job, parse_rows, temp_name, write_atomic
+from lib.jobs import (FINAL, Job, OutputError, Refused, is_manifest_row, open_job, parse_rows, temp_name,
+                      write_atomic)
 
 NO_USE = (NO_START, USAGE)          # exit codes of a worker that would end the same way again
 
@@ -38,10 +39,11 @@ def cards() -> list[Card]:
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
         listed = subprocess.run(query, capture_output=True, text=True)
-        lines = [line for line in listed.stdout.splitlines() if line.count(",") >= 3]      # or "No devices were found"
+        lines = [x for x in listed.stdout.splitlines() if x.count(",") >= 3]  # or "No devices were found"
     for line in lines:
         index, uuid, *name, memory = [word.strip() for word in line.split(",")]
-        found.append((index, uuid, ", ".join(name), float(memory) if memory.replace(".", "").isdigit() else 0.0))
+        found.append((index, uuid, ", ".join(name),
+                      float(memory) if memory.replace(".", "").isdigit() else 0.0))
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if allowed is None:
         return [Card(index, name, memory) for index, _, name, memory in found]
@@ -74,19 +76,23 @@ class Worker:
         return env | on_card(self.card)
 
     def start(self):
-        device = self.plan.device if self.plan.device != "auto" else "cuda" if self.card is not None else "cpu"
-        command = [sys.executable, "-m", "lib.batch", "worker", str(self.job.folder), "--index", str(self.index),
+        best = "cpu" if self.card is None else "cuda"
+        device = best if self.plan.device == "auto" else self.plan.device
+        command = [sys.executable, "-m", "lib.batch", "worker", str(self.job.folder), "--index",
+                   str(self.index),
                    "--of", str(self.count), "--device", device, "--parent", str(os.getpid()), "--root",
                    self.job.facts["root"], "--pin", str(self.index if self.plan.pin else -1)]
         for name, value in asdict(self.plan.options).items():
             command += [] if name == "parent" else [f"--{name.replace('_', '-')}", str(value)]
         self.log.parent.mkdir(exist_ok=True)
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(command, env=self.environment(), stdin=subprocess.DEVNULL, stdout=log,
+            self.process = subprocess.Popen(command, env=self.environment(), stdin=subprocess.DEVNULL,
+                                            stdout=log,
                                             stderr=log, start_new_session=True)
 
     def poll(self, progress) -> bool:
-        """True while it runs, or will run again. progress.made: rows by process, to tell a mishap from a habit."""
+        """True while it runs, or will run again. progress.made: rows by process, to tell a mishap from a
+        habit."""
         if self.process is None:
             if time.monotonic() >= self.wake:
                 self.start()
@@ -116,8 +122,8 @@ class Worker:
 
 
 def on_card(card) -> dict:
-    """Environment in which a process sees this card alone. nvidia-smi counts cards by their place on the bus, CUDA by
-    their speed unless it is told otherwise."""
+    """Environment in which a process sees this card alone. nvidia-smi counts cards by their place on the bus,
+    CUDA by their speed unless it is told otherwise."""
     if card is None:
         return {}
     order = {} if "CUDA_VISIBLE_DEVICES" in os.environ else {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
@@ -132,7 +138,7 @@ def local(job, plan, progress, stopped) -> int:
     running, told, end = list(crew), 0, time.monotonic() + (plan.max_seconds or 1e12)
     try:
         while running:
-            if time.monotonic() > end and not stopped:            # the workers look at the clock, which may be set back
+            if time.monotonic() > end and not stopped:  # the workers look at the clock, which may be set back
                 stopped.append(signal.SIGTERM)
             if len(stopped) > told:
                 told = len(stopped)
@@ -190,16 +196,17 @@ def _watch(job, worker, lease):
         with contextlib.suppress(OSError, IndexError):
             mine = path.read_text().split()[1] == str(worker.process.pid)
             if mine and time.time() - path.stat().st_mtime > lease:
-                print(f"worker {worker.index} has given no sign of life for {lease:.0f} s and is started again. Where one "
-                      f"batch may take so long, say --lease.", file=sys.stderr)
+                print(f"worker {worker.index} has given no sign of life for {lease:.0f} s and is started "
+                      f"again. Where one batch may take so long, say --lease.", file=sys.stderr)
                 worker.signal(signal.SIGKILL)
 
 
 def ray(job, plan, progress, stopped) -> int:
-    """One Ray task a shard, on one machine or on the cluster at plan.address (FOLDER must be shared storage there).
+    """One Ray task a shard, on one machine or on the cluster at plan.address (FOLDER must be shared storage
+    there).
 
-    Ray's own retries are off: a task whose node died is handed out again here, with the right to take the dead
-    worker's claim at once. A shard that runs twice is harmless.
+    Ray's own retries are off: a task whose node died is handed out again here, with the right to take the
+    dead worker's claim at once. A shard that runs twice is harmless.
     """
     import ray as cluster
     root = str(Path(__file__).resolve().parent.parent)
@@ -239,17 +246,20 @@ def ray(job, plan, progress, stopped) -> int:
 
 
 def share_of_card(workers, cards) -> float:
-    """What Ray gives each worker: so much that all of them fit (3 workers on 2 cards: halves, for 2/3 fits once)."""
+    """What Ray gives each worker: so much that all of them fit (3 workers on 2 cards: halves, for 2/3 fits
+    once)."""
     return 1 / max(1, -(-workers // cards)) if cards else 0
 
 
 @contextlib.contextmanager
 def loopback_cluster(nodes=2, tries=3):
-    """A Ray cluster inside this machine, to learn and to test with: a head that does no work, nodes of one CPU each.
+    """A Ray cluster inside this machine, to learn and to test with: a head that does no work, nodes of one
+    CPU each.
 
-    Yields (cluster, nodes) with this process connected to it; `cluster.remove_node(nodes[0], allow_graceful=False)` is
-    a machine that dies. Ray gives a node 30 s to come up, which a busy machine may miss: then all of it is tried again.
-    A dead node is missed after five checks, here a second apart (Ray's own: three); a slow one has a minute to answer.
+    Yields (cluster, nodes) with this process connected to it; `cluster.remove_node(nodes[0],
+    allow_graceful=False)` is a machine that dies. Ray gives a node 30 s to come up, which a busy machine may
+    miss: then all of it is tried again. A dead node is missed after five checks, here a second apart (Ray's
+    own: three); a slow one has a minute to answer.
     """
     import ray as cluster
     from ray.cluster_utils import Cluster
@@ -290,7 +300,8 @@ def _below():
 
 
 def _shut(cluster, made, others):
-    """End a cluster, also one that came up by half: Ray forgets the processes of a node that did not answer in time."""
+    """End a cluster, also one that came up by half: Ray forgets the processes of a node that did not answer
+    in time."""
     cluster.shutdown()
     with contextlib.suppress(Exception):
         made.shutdown()
@@ -308,12 +319,13 @@ def _ray_result(cluster, ref, tries, number) -> bool:
         if isinstance(cause, (OutputError, Refused)):
             raise cause from error
         if not any(node["Alive"] for node in cluster.nodes()):
-            raise RuntimeError("Ray has lost its last node. Nothing that was done is lost: run the same command "
-                               "again.") from error
+            raise RuntimeError("Ray has lost its last node. Nothing that was done is lost: run the same "
+                               "command again.") from error
         tries[number] += 1
         if tries[number] >= Worker.TRIES:
-            raise RuntimeError(f"shard {number} failed {Worker.TRIES} times: {batch.explain(cause)}") from error
-        time.sleep(min(2, 0.1 * 2 ** tries[number]))              # a node that has just died is still asked for a while
+            what = batch.explain(cause)
+            raise RuntimeError(f"shard {number} failed {Worker.TRIES} times: {what}") from error
+        time.sleep(min(2, 0.1 * 2 ** tries[number]))  # a node that has just died is still asked for a while
         return False
 
 
@@ -354,10 +366,12 @@ class Progress:
         if not quiet:
             from tqdm.auto import tqdm
             shown = sys.stderr.isatty() or "ipykernel" in sys.modules
-            self.bar = tqdm(total=self.total, initial=self.rows(), unit="image", mininterval=1, disable=not shown)
+            self.bar = tqdm(total=self.total, initial=self.rows(), unit="image", mininterval=1,
+                            disable=not shown)
 
     def rows(self) -> int:
-        return sum(self.done.values()) + sum(final for best in self.open.values() for _, final in best.values())
+        return sum(self.done.values()) + sum(final for best in self.open.values()
+                                             for _, final in best.values())
 
     def poll(self, first=False) -> int:
         """Look at most once a second; returns the number of inputs with a final row."""
@@ -366,7 +380,7 @@ class Progress:
         self.seen = time.monotonic()                              # the clock may be set while it runs
         with contextlib.suppress(FileNotFoundError):
             for entry in os.scandir(self.job.folder / "manifest"):
-                with contextlib.suppress(OSError, ValueError, KeyError):      # half-written, or swept meanwhile
+                with contextlib.suppress(OSError, ValueError, KeyError):  # half-written, or swept meanwhile
                     self._look(entry)
         self.samples.append((self.seen, self.rows()))
         if not first:
@@ -392,7 +406,7 @@ class Progress:
                     if row["status"] != "start":
                         now = (row["attempt"], row["status"] in FINAL)
                         best[row["id"]] = max(best.get(row["id"], now), now)
-                        self.made[row.get("worker")] += bool(row.get("seconds"))      # not what it gave up unseen
+                        self.made[row.get("worker")] += bool(row.get("seconds"))  # not what it gave up unseen
 
     def rate(self) -> float:
         """Images a second over the last two minutes."""
@@ -406,7 +420,8 @@ class Progress:
         if self.seen - self.written > 5:
             self.written = self.seen
             left = (self.total - rows) / rate if rate else None
-            state = {"done": rows, "total": self.total, "images_per_second": round(rate, 3), "seconds_left": left,
+            state = {"done": rows, "total": self.total, "images_per_second": round(rate, 3),
+                     "seconds_left": left,
                      "time": time.time()}
             with contextlib.suppress(OutputError):                # the workers will say so
                 write_atomic(self.job.folder / "status.json", json.dumps(state).encode())

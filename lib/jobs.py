@@ -1,15 +1,15 @@
 """What a batch job keeps on disk, and why a `kill -9` at any moment cannot hurt it (lib.batch does the work).
 
     inputs.jsonl            the frozen list: one input a line, its place in the list decides its shard
-    run.json                what must not change: processor, settings, weights, hash of the list (the fingerprint)
-    claims/00012            who works on shard 12 now; touched as a sign of life
-    manifest/00012.*.part.jsonl   rows as they come, one file for each try, so that nobody repairs another's file
-    manifest/00012.jsonl    exactly one final row for each input of the shard, in order
+    run.json                what must not change: processor, settings, weights, hash of the list (the
+    fingerprint) claims/00012            who works on shard 12 now; touched as a sign of life
+    manifest/00012.*.part.jsonl   rows as they come, one file for each try, so that nobody repairs another's
+    file manifest/00012.jsonl    exactly one final row for each input of the shard, in order
     manifest/00012.done.json      the done mark, written last
     out/00012/000345-name.png, or shards/00012.tar
 
-A picture is there before its row, so a crash may cost a repeat and never a false "ok". After img2dataset (a row for
-each input, the done mark last) and rename(2), fsync(2) for the commit.
+A picture is there before its row, so a crash may cost a repeat and never a false "ok". After img2dataset (a
+row for each input, the done mark last) and rename(2), fsync(2) for the commit.
 """
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def writing(path):
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         what = "make room there" if full else "make the folder writable"
-        raise OutputError(f"cannot write {path} ({error.strerror or error}): {what} and run the same command again; "
-                          f"nothing finished is lost.") from error
+        raise OutputError(f"cannot write {path} ({error.strerror or error}): {what} and run the same command "
+                          f"again; nothing finished is lost.") from error
 
 
 def temp_name(name: str) -> str:
@@ -90,6 +90,11 @@ def write_atomic(path: Path | str, data: bytes):
             with contextlib.suppress(OSError):
                 os.unlink(temp)
             raise
+
+
+def digest(data: bytes) -> str:
+    """The hash of a picture's file, as its row keeps it."""
+    return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 
 def sync_folder(folder):
@@ -158,11 +163,13 @@ def _started(pid: int) -> str:
 # ---------------------------------------------------------------- the job
 
 def list_inputs(source, depth="", limit=0) -> tuple[list[dict], int]:
-    """Freeze what is to be done: [{id, path, bytes, depth?}] in order, and how many other files were left out.
+    """Freeze what is to be done: [{id, path, bytes, depth?}] in order, and how many other files were left
+    out.
 
-    source: a folder (searched with its subfolders; symbolic links to folders are not followed), or a text file with
-    one path a line. Everything *named* like a picture is an input, readable or not: what is wrong with it will be in
-    its row. depth: a folder with one depth file for each picture, of the same name but for the suffix.
+    source: a folder (searched with its subfolders; symbolic links to folders are not followed), or a text
+    file with one path a line. Everything *named* like a picture is an input, readable or not: what is wrong
+    with it will be in its row. depth: a folder with one depth file for each picture, of the same name but for
+    the suffix.
     """
     source, found, others = Path(source), [], 0
     if source.is_dir():
@@ -194,7 +201,8 @@ def _item(path, root, depth) -> dict:
     if depth:
         places = [(Path(depth) / name).with_suffix(suffix) for suffix in DEPTHS]
         own = os.path.abspath(path)                               # the depth files may lie among the pictures
-        item["depth"] = str(next((p.resolve() for p in places if p.exists() and os.path.abspath(p) != own), ""))
+        found = (p.resolve() for p in places if p.exists() and os.path.abspath(p) != own)
+        item["depth"] = str(next(found, ""))
     return item
 
 
@@ -205,7 +213,8 @@ def seed_of(name: str, base: int = 0) -> int:
 
 
 def load_processor(spec: str):
-    """The class behind "edit", "layers", "tint", "module:Class" or "file.py:Class". Refused: no such thing."""
+    """The class behind "edit", "layers", "tint", "module:Class" or "file.py:Class". Refused: no such
+    thing."""
     from lib import processors
     if spec in processors.KNOWN:
         return processors.KNOWN[spec]
@@ -243,7 +252,8 @@ class Job:
     def pending(self) -> list[int]:
         """Numbers of the shards without a done mark."""
         with contextlib.suppress(FileNotFoundError):
-            done = {name.split(".")[0] for name in os.listdir(self.folder / "manifest") if name.endswith(".done.json")}
+            done = {name.split(".")[0] for name in os.listdir(self.folder / "manifest")
+                    if name.endswith(".done.json")}
             return [n for n in self.shards if f"{n:05d}" not in done]
         return list(self.shards)
 
@@ -260,8 +270,8 @@ def open_job(folder) -> Job:
         raise Refused(f"{folder} holds no job (no run.json): start one with `run {folder} --input ...`.")
     job = Job(folder, facts, read_rows(folder / "inputs.jsonl"))
     if _list_hash(job.items) != facts["fingerprint"]["inputs"]:
-        raise Refused(f"{folder / 'inputs.jsonl'} is damaged: it is no more the list of {facts['count']:,} inputs that "
-                      f"this job began with. Put the file back, or start again in a new folder.")
+        raise Refused(f"{folder / 'inputs.jsonl'} is damaged: it is no more the list of {facts['count']:,} "
+                      f"inputs that this job began with. Put the file back, or start again in a new folder.")
     return job
 
 
@@ -269,8 +279,8 @@ def open_or_create(folder, source="", process="", settings=None, shard_size=0, p
                    step=0.0) -> Job:
     """Continue the job in `folder`, or start one there.
 
-    Only what is given is compared with the job; what differs is refused, with both values. `source` may have moved:
-    the list of its files must still be the same. step: seconds between frames of a video; 0: 0.1.
+    Only what is given is compared with the job; what differs is refused, with both values. `source` may have
+    moved: the list of its files must still be the same. step: seconds between frames of a video; 0: 0.1.
     """
     folder, settings = Path(folder), settings or {}
     for name, number in (("shard size", shard_size), ("limit", limit), ("step", step)):
@@ -300,7 +310,7 @@ def _create(folder, source, process, settings, shard_size, pack, depth, limit, s
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     claim = None
-    while claim is None:                # the first shard's claim is the right to make the job: two may start at once
+    while claim is None:  # the first shard's claim is the right to make the job: two may start at once
         claim = Claim.take(folder / "claims" / "00000")
         if (folder / "run.json").is_file():
             if claim:
@@ -310,7 +320,8 @@ def _create(folder, source, process, settings, shard_size, pack, depth, limit, s
     try:
         root, items = _frozen(folder, source, depth, limit, step)
         shard_size = shard_size or (128 if len(items) >= 2048 else max(8, -(-len(items) // 16)))
-        fingerprint = {"processor": process.rpartition("/")[2], "inputs": _list_hash(items), "shard_size": shard_size,
+        fingerprint = {"processor": process.rpartition("/")[2], "inputs": _list_hash(items),
+                       "shard_size": shard_size,
                        "pack": pack or "files", **kind.identity(settings),
                        **{f"settings.{k}": v for k, v in settings.items()}}
         facts = {"processor": process, "settings": settings, "fingerprint": fingerprint, "root": str(root),
@@ -327,7 +338,8 @@ def _create(folder, source, process, settings, shard_size, pack, depth, limit, s
 
 def _refuse_no_source(source):
     if not Path(source).exists():
-        raise Refused(f"There is no input at {source}: give a folder of pictures, a list of paths, or a video.")
+        raise Refused(f"There is no input at {source}: give a folder of pictures, a list of paths, or a "
+                      "video.")
 
 
 def _is_video(source) -> bool:
@@ -400,7 +412,8 @@ def refuse_difference(old: dict, new: dict, where):
     wrong = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if wrong:
         lines = [f"  {k}: the job has {old.get(k)!r}, now it would be {new.get(k)!r}" for k in wrong]
-        raise Refused(f"{where} was started with other settings, and half a job of each would be worth nothing:\n"
+        raise Refused(f"{where} was started with other settings, and half a job of each would be worth "
+                      "nothing:\n"
                       + "\n".join(lines) + "\nGive a new folder, or the old settings.")
 
 
@@ -409,25 +422,29 @@ def refuse_difference(old: dict, new: dict, where):
 class Claim:
     """The right to work on one shard: a file that only one process can create.
 
-    It names host, process and the process's start, so that a dead worker's claim is taken over at once on the same
-    machine, and after `lease` seconds without a sign of life (`beat`) from another. Two workers on one shard can still
-    happen (a worker slept through its lease); it wastes work and harms nothing, and the first one notices (`check`).
+    It names host, process and the process's start, so that a dead worker's claim is taken over at once on the
+    same machine, and after `lease` seconds without a sign of life (`beat`) from another. Two workers on one
+    shard can still happen (a worker slept through its lease); it wastes work and harms nothing, and the first
+    one notices (`check`).
     """
 
     def __init__(self, path: Path):
-        self.path, self.token = path, f"{socket.gethostname()} {os.getpid()} {_started(os.getpid())} {uuid.uuid4().hex}"
+        me, pid = socket.gethostname(), os.getpid()
+        self.path, self.token = path, f"{me} {pid} {_started(pid)} {uuid.uuid4().hex}"
 
     @classmethod
     def take(cls, path: Path, lease=LEASE, steal=False) -> Claim | None:
-        """A claim on `path`, or None when somebody who lives holds it. steal: its holder is known to be dead."""
+        """A claim on `path`, or None when somebody who lives holds it. steal: its holder is known to be
+        dead."""
         claim = cls(path)
-        if not claim._create() and not ((steal or _abandoned(path, lease)) and claim._remove_old() and claim._create()):
+        if not claim._create() and not ((steal or _abandoned(path, lease)) and claim._remove_old()
+                                        and claim._create()):
             return None
         return claim
 
     def _create(self) -> bool:
         with writing(self.path):
-            self.path.parent.mkdir(exist_ok=True)                 # whoever comes first: a worker, or a task of Ray
+            self.path.parent.mkdir(exist_ok=True)  # whoever comes first: a worker, or a task of Ray
             try:
                 handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
             except FileExistsError:
@@ -514,7 +531,8 @@ class Shard:
         best = {}
         for row in self.all_rows():
             key = lambda r: (r["attempt"], r["status"] in FINAL)
-            if row["status"] in (*FINAL, "retry") and (row["id"] not in best or key(row) > key(best[row["id"]])):
+            if row["status"] in (*FINAL, "retry") and (row["id"] not in best
+                                                       or key(row) > key(best[row["id"]])):
                 best[row["id"]] = row
         return [best[i["id"]] for i in self.items if best.get(i["id"], {}).get("status") in FINAL]
 
@@ -526,8 +544,9 @@ class Shard:
         return found
 
     def deaths(self) -> tuple[Counter, Counter]:
-        """How often a worker died while an input was in flight: with others, alone. (A part closed in good order
-        has "closed" in its name; what another one has started and not finished, its worker took into its death.)"""
+        """How often a worker died while an input was in flight: with others, alone. (A part closed in good
+        order has "closed" in its name; what another one has started and not finished, its worker took into
+        its death.)"""
         many, alone, due = Counter(), Counter(), self.attempts()
         for path in self.parts():
             for row in [] if ".closed." in path.name else filter(is_manifest_row, read_rows(path)):
@@ -554,9 +573,10 @@ class Shard:
         return {row["id"]: row for row in self.final_rows() if self.whole(row)}
 
     def finish(self, claim: Claim, rows: dict, timing: dict):
-        """Check the count, write the final manifest, then the done mark, then clear away what is not needed."""
+        """Check the count, write the final manifest, then the done mark, then clear away what is not
+        needed."""
         claim.check()
-        ordered = [rows[item["id"]] for item in self.items]       # KeyError: an input without a row, which must not be
+        ordered = [rows[item["id"]] for item in self.items]  # KeyError: one without a row, which must not be
         kept = {row["output"] for row in ordered if row["status"] == "ok" and "root" not in row}
         for name in set(os.listdir(self.out)) - kept:
             os.unlink(os.path.join(self.out, name))
@@ -602,12 +622,14 @@ class Shard:
         names = set()
         with contextlib.suppress(OSError):
             names |= set(os.listdir(base / "out" / self.name))
-        with contextlib.suppress(OSError, tarfile.TarError), tarfile.open(base / "shards" / f"{self.name}.tar") as tar:
+        packed = base / "shards" / f"{self.name}.tar"
+        with contextlib.suppress(OSError, tarfile.TarError), tarfile.open(packed) as tar:
             names |= set(tar.getnames())
         return names
 
     def reopen(self, statuses) -> int:
-        """Give inputs with these statuses another attempt; returns how many. Safe to kill: done mark goes last."""
+        """Give inputs with these statuses another attempt; returns how many. Safe to kill: done mark goes
+        last."""
         rows = self.final_rows()
         again = [row for row in rows if row["status"] in statuses]
         if not again:
@@ -625,7 +647,8 @@ class Shard:
 
 
 class Part:
-    """The rows of one try at one shard, appended; each append is one write, so only the last line can be torn."""
+    """The rows of one try at one shard, appended; each append is one write, so only the last line can be
+    torn."""
 
     def __init__(self, shard: Shard):
         self.path = shard.manifest / f"{shard.name}.{uuid.uuid4().hex[:12]}.part.jsonl"
@@ -653,8 +676,8 @@ class Part:
 def adopt(job: Job, roots) -> int:
     """Take over what earlier sessions (read-only copies of their folders) finished; returns how many inputs.
 
-    Their whole shards are pointed to, not copied; of half-done ones the pictures are copied, so that every shard lies
-    in one place. Refused when a session had other settings or inputs.
+    Their whole shards are pointed to, not copied; of half-done ones the pictures are copied, so that every
+    shard lies in one place. Refused when a session had other settings or inputs.
     """
     earlier = [open_job(root) for root in roots]
     for other in earlier:
@@ -677,7 +700,8 @@ def adopt(job: Job, roots) -> int:
 
 
 def _homes(theirs, rows, roots) -> dict:
-    """id -> the session that holds its picture: this one, or (in a third session) one that this one pointed to.
+    """id -> the session that holds its picture: this one, or (in a third session) one that this one pointed
+    to.
 
     Refused where that one is not here; without an entry where the picture itself is lost."""
     home, names, homes = theirs.job.folder.resolve(), {}, {}
@@ -688,8 +712,8 @@ def _homes(theirs, rows, roots) -> dict:
             names[place] = names[place] if place in names else theirs.names_in(place)
         held = [place for place in places if row["status"] != "ok" or row["output"] in names[place]]
         if not held and not own:
-            raise Refused(f"{row['output']} of {home} lies in {row['root']}, which is not here: give that session too "
-                          f"with --done-root.")
+            raise Refused(f"{row['output']} of {home} lies in {row['root']}, which is not here: give that "
+                          f"session too with --done-root.")
         homes |= {row["id"]: held[0]} if held else {}
     return homes
 
@@ -711,7 +735,7 @@ def _copy_rows(shard, theirs, rows) -> list[dict]:
     for row in rows:
         data = theirs.read_output(row) if row["status"] == "ok" else b""
         if row["status"] == "ok":
-            if data is None or hashlib.blake2b(data, digest_size=12).hexdigest() != row["sha"]:
+            if data is None or digest(data) != row["sha"]:
                 continue
             write_atomic(shard.out / row["output"], data)
         copied.append({key: value for key, value in row.items() if key != "root"})
@@ -729,16 +753,19 @@ def sweep(job: Job):
             path.unlink(missing_ok=True)
     waiting = {f"{number:05d}" for number in job.pending()}
     for path in job.folder.glob("claims/[0-9]*"):
-        if path.name not in waiting:                              # killed between the done mark and its release
+        if path.name not in waiting:  # killed between the done mark and its release
             path.unlink(missing_ok=True)
-    for path in [*job.folder.glob("manifest/*.part.jsonl"), *job.folder.glob("out/*")]:
+    left_over = [*job.folder.glob("manifest/*.part.jsonl")]
+    left_over += job.folder.glob("out/*") if job.facts["fingerprint"]["pack"] == "tar" else []
+    for path in left_over:
         name = path.name.split(".")[0]
-        if name not in waiting and name.isdigit() and (path.suffix or job.facts["fingerprint"]["pack"] == "tar"):
+        if name not in waiting and name.isdigit():
             job.shard(int(name)).clear()
 
 
 def _left_behind(temp: Path) -> bool:
-    """Has the writer of this temp file died? Of another machine's nobody here knows: then it is a matter of age."""
+    """Has the writer of this temp file died? Of another machine's nobody here knows: then it is a matter of
+    age."""
     pid = temp.name.split(".")[-2]
     if temp.name.endswith(f".{socket.gethostname()}.{pid}.tmp"):
         return not (pid.isdigit() and _started(int(pid)))

@@ -1,8 +1,10 @@
 """What a batch does to one picture. lib.batch decides when, where and how often; these classes decide what.
 
-    tint    a seeded tint with NumPy and Pillow: no torch, milliseconds; for drills and for learning the job itself
+    tint    a seeded tint with NumPy and Pillow: no torch, milliseconds; for drills and for learning the job
+    itself
     layers  reads as the course reads, depth (given or estimated), DeGLaD: the foreground as RGBA
-    edit    the whole method: depth, DeGLaD layers, an object put in at a depth by FeatGLaC, and how well its depth fits
+    edit    the whole method: depth, DeGLaD layers, an object put in at a depth by FeatGLaC, and how well its
+    depth fits
 
 A processor of your own is a subclass of `Processor`, named to lib.batch as "module:Class" or "file.py:Class".
 """
@@ -30,8 +32,8 @@ class Output(NamedTuple):
 class Processor(ABC):
     """decode (in loader threads) -> infer (a few at a time) -> check -> encode (in the writer thread).
 
-    `infer` may raise out-of-memory errors: it is called again with fewer pictures. It must give the same picture for
-    the same input and seed, whatever else is in the batch (the last bits may differ).
+    `infer` may raise out-of-memory errors: it is called again with fewer pictures. It must give the same
+    picture for the same input and seed, whatever else is in the batch (the last bits may differ).
     """
     defaults: dict = {"seed": 0}
     suffix = ".png"
@@ -47,7 +49,8 @@ class Processor(ABC):
         unknown = sorted(set(settings) - set(cls.defaults))
         if unknown:
             raise Refused(f"No setting '{unknown[0]}'; known: {', '.join(cls.defaults) or 'none'}.")
-        return {name: _typed(name, settings.get(name, default), default) for name, default in cls.defaults.items()}
+        return {name: _typed(name, settings.get(name, default), default)
+                for name, default in cls.defaults.items()}
 
     @classmethod
     def identity(cls, settings: dict) -> dict:
@@ -79,7 +82,8 @@ class Processor(ABC):
         """Give memory back after an out-of-memory error."""
 
     def spare(self) -> bool:
-        """Go on with less memory, if more slowly (the pictures stay the same); False: there is no other way."""
+        """Go on with less memory, if more slowly (the pictures stay the same); False: there is no other
+        way."""
         return False
 
 
@@ -103,11 +107,13 @@ def _typed(name, value, default):
             raise ValueError
         return value
     except (KeyError, ValueError):
-        raise Refused(f"Setting {name} is of type {kind.__name__} (such as {default!r}); it got {value!r}.") from None
+        raise Refused(f"Setting {name} is of type {kind.__name__} (such as {default!r}); "
+                      f"it got {value!r}.") from None
 
 
 class Tint(Processor):
-    """A tint and some noise that depend on the seed: cheap, and wrong at once if seeds depend on the order."""
+    """A tint and some noise that depend on the seed: cheap, and wrong at once if seeds depend on the
+    order."""
     defaults = {"seed": 0, "size": 0, "amount": 0.25}
 
     def decode(self, item):
@@ -144,12 +150,15 @@ class Layers(Processor):
         from lib import depth, edit, show
         if item.get("depth") == "":
             raise BadInput("there is no depth file for this picture")
-        full = show.read_image(item["path"], max_side=self.settings["max_side"] if not item.get("depth") else None)
+        full = show.read_image(item["path"],
+                               max_side=self.settings["max_side"] if not item.get("depth") else None)
         if min(full.shape[-2:]) < 32:
-            raise BadInput(f"the picture is {full.shape[-1]} x {full.shape[-2]} pixels; at least 32 x 32 are needed")
+            raise BadInput(f"the picture is {full.shape[-1]} x {full.shape[-2]} pixels; at least 32 x 32 are "
+                           "needed")
         found = None
         if item.get("depth"):
-            found = depth.given(item["depth"], near_is=self.settings["near_is"] or None, size=tuple(full.shape[-2:]),
+            found = depth.given(item["depth"], near_is=self.settings["near_is"] or None,
+                                size=tuple(full.shape[-2:]),
                                 trim=2.0)
         return {"image": full, "depth": found, "focal": edit._focal(item["path"], full), "name": item["id"]}
 
@@ -193,8 +202,8 @@ class Layers(Processor):
 def fitted_depth(found, given):
     """The values of one `DepthMap` after the best scale and shift towards another's, (B, 1, H, W) in [0, 1].
 
-    Where one has metres and the other inverse depth, the line is fitted in inverse depth: no other is straight.
-    Raises ValueError where no line can be fitted (a constant map)."""
+    Where one has metres and the other inverse depth, the line is fitted in inverse depth: no other is
+    straight. Raises ValueError where no line can be fitted (a constant map)."""
     from lib import depth
     if given.kind == "metric" and found.kind == "inverse-relative":
         metres = depth.metres_from(found, given.metres())
@@ -205,12 +214,15 @@ def fitted_depth(found, given):
 class Edit(Layers):
     """`make edit` for every frame: the object at depth `at`, by FeatGLaC.
 
-    The score is depth_rmse: depth estimated again on the result against the *intended* depth of the edit (the frame's
-    own, with the object's surface at `at`), after the best scale and shift, over the whole frame, in the unit of the
-    course's [0, 1]. Home video has no true depth: this is the only reference there is, and it is relative.
+    The score is depth_rmse: depth estimated again on the result against the *intended* depth of the edit (the
+    frame's own, with the object's surface at `at`), after the best scale and shift, over the whole frame, in
+    the unit of the course's [0, 1]. Home video has no true depth: this is the only reference there is, and it
+    is relative.
     """
-    defaults = {"seed": 0, "model": "mini", "at": "0.5", "insert": "", "prompt": "", "mechanism": "inject", "steps": 50,
-                "where": "auto", "height": "auto", "depth_model": "mini", "near_is": "", "max_side": 768, "dtype": "auto"}
+    defaults = {"seed": 0, "model": "mini", "at": "0.5", "insert": "", "prompt": "", "mechanism": "inject",
+                "steps": 50,
+                "where": "auto", "height": "auto", "depth_model": "mini", "near_is": "", "max_side": 768,
+                "dtype": "auto"}
     batch = 2
 
     def __init__(self, settings, device="cpu"):
@@ -220,12 +232,14 @@ class Edit(Layers):
         from lib import edit, models
         chosen = self.settings
         # half precision where it pays: large models on CUDA. The mini gains nothing from it.
-        self.half = chosen["dtype"] == "float16" or (chosen["dtype"] == "auto" and str(device).startswith("cuda")
+        self.half = chosen["dtype"] == "float16" or (chosen["dtype"] == "auto"
+                                                     and str(device).startswith("cuda")
                                                     and not Path(chosen["model"]).name.startswith("mini"))
         self.dtype, self.bank = torch.float16 if self.half else torch.float32, None
         edit.check_settings("", chosen["mechanism"])
         self.pipe = models.load(chosen["model"], device, self.dtype, quiet=True)
-        self.cutout, self.kind, self.origin = edit.read_cutout(chosen["insert"], chosen["model"], chosen["seed"], device)
+        self.cutout, self.kind, self.origin = edit.read_cutout(chosen["insert"], chosen["model"],
+                                                               chosen["seed"], device)
         self.words = edit.words_of(chosen["insert"]) if self.cutout is None else ""
 
     @classmethod
@@ -254,20 +268,24 @@ class Edit(Layers):
         shot = edit.composites(photo, place, self.cutout, self.origin)
         generator = torch.Generator("cpu").manual_seed(seed)
         with self._precision(precise):
-            shot = edit.with_model(shot, self.pipe, chosen["prompt"] or self.words, chosen["mechanism"], generator,
+            shot = edit.with_model(shot, self.pipe, chosen["prompt"] or self.words, chosen["mechanism"],
+                                   generator,
                                    steps=chosen["steps"], bank_device=self.bank)
-        metrics = {"at": float(place.at), "passes": shot.facts["model"]["unet_passes"], "visible": shot.facts["object"]["visible_share"],
+        metrics = {"at": float(place.at), "passes": shot.facts["model"]["unet_passes"],
+                   "visible": shot.facts["object"]["visible_share"],
                    "change": shot.facts["model"]["mean_change"], **self.depth_error(shot)}
         return Output(shot.result[0].float().cpu().permute(1, 2, 0).numpy(), metrics)
 
     def spare(self):
-        """Keep the layers' keys and values (2 to 5 GB for SD 1.5, twice that in float32) in the host's memory."""
+        """Keep the layers' keys and values (2 to 5 GB for SD 1.5, twice that in float32) in the host's
+        memory."""
         before, self.bank = self.bank, "cpu"
         return before is None and str(self.device).startswith("cuda")
 
     @contextlib.contextmanager
     def _precision(self, precise):
-        """The pipeline in float32 for one picture, then back, whatever happens: half a pipeline of each works for none."""
+        """The pipeline in float32 for one picture, then back, whatever happens: half a pipeline of each works
+        for none."""
         from lib import models
 
         import torch
@@ -294,11 +312,13 @@ class Edit(Layers):
             return {}
         off = (fitted - wanted).abs()
         inside = float((off ** 2 * seen).sum().div(seen.sum().clamp_min(1)).sqrt())
-        return {"depth_rmse": float((off ** 2).mean().sqrt()), "depth_rmse_object": inside, "error_map": pack_map(off)}
+        return {"depth_rmse": float((off ** 2).mean().sqrt()), "depth_rmse_object": inside,
+                "error_map": pack_map(off)}
 
     def check(self, output, decoded):
         wrong = super().check(output, decoded)
-        if not wrong and float(np.ptp(output.picture)) < 1e-6 < float(decoded["image"].max() - decoded["image"].min()):
+        given = decoded["image"]
+        if not wrong and float(np.ptp(output.picture)) < 1e-6 < float(given.max() - given.min()):
             return "the picture is one colour everywhere, though its input is not"
         return wrong
 

@@ -1,10 +1,12 @@
 """The report of a batch, made from its manifests alone, at any moment, also of half a run.
 
-    python -m lib.batch report FOLDER        report.html (reads offline: every picture is inside it), metrics.csv,
-                                             summary.json, and the charts and contact sheets as PNG
+    python -m lib.batch report FOLDER        report.html (reads offline: every picture is inside it),
+                                             metrics.csv, summary.json, and the charts and contact sheets as
+                                             PNG
 
-Per-image scores are *pooled* in two ways that are not the same, so both are given, in words: the mean of the images'
-RMSEs, and the root of the mean of their squares, which is the RMSE over all pixels and weighs bad images more.
+Per-image scores are *pooled* in two ways that are not the same, so both are given, in words: the mean of the
+images' RMSEs, and the root of the mean of their squares, which is the RMSE over all pixels and weighs bad
+images more.
 """
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from lib.jobs import FINAL, Job, read_json, read_rows, write_atomic, writing
 
-SCORES = {"depth_rmse": "depth RMSE", "rmse": "RMSE"}       # what a processor may have measured, the first found counts
+# what a processor may have measured, the first found counts
+SCORES = {"depth_rmse": "depth RMSE", "rmse": "RMSE"}
 COLOURS = {"ok": "#54a24b", "bad_input": "#f58518", "nan": "#b279a2", "oom": "#e45756", "error": "#9d2d2d",
            "left": "#d9d9d9"}
 TILE, CELLS = 112, 12                       # contact sheets: pixels of a picture, images a sheet
@@ -37,12 +40,14 @@ GAP = 120.0                                 # seconds without a row: the job sto
 # ---------------------------------------------------------------- numbers
 
 def table(job: Job) -> list[dict]:
-    """One flat line for each input of the list, in order; `status` is "left" where there is no final row yet."""
+    """One flat line for each input of the list, in order; `status` is "left" where there is no final row
+    yet."""
     rows = {row["id"]: row for row in job.rows()}
     times = _frame_times(job)
     flat = []
     for place, item in enumerate(job.items):
-        row = rows.get(item["id"], {"status": "left", "shard": place // job.facts["fingerprint"]["shard_size"]})
+        row = rows.get(item["id"], {"status": "left",
+                                    "shard": place // job.facts["fingerprint"]["shard_size"]})
         line = {"place": place, "id": item["id"], "frame_time": times.get(item["id"]), **row}
         line |= {f"seconds_{k}": v for k, v in line.pop("seconds", {}).items()}
         line |= {f"metric_{k}": v for k, v in line.pop("metrics", {}).items()}
@@ -65,8 +70,10 @@ def pooled(values) -> dict:
     v = np.asarray(values, float)
     if not len(v):
         return {}
-    return {"images": len(v), "mean of the images' RMSE": v.mean(), "root of the mean square": np.sqrt((v ** 2).mean()),
-            "median": np.median(v), "5th percentile": np.percentile(v, 5), "95th percentile": np.percentile(v, 95),
+    return {"images": len(v), "mean of the images' RMSE": v.mean(),
+            "root of the mean square": np.sqrt((v ** 2).mean()),
+            "median": np.median(v), "5th percentile": np.percentile(v, 5),
+            "95th percentile": np.percentile(v, 95),
             "largest": v.max()}
 
 
@@ -77,13 +84,13 @@ def throughput(lines, bins=60) -> dict:
         return {"seconds": 0.0, "rate": 0.0, "times": [], "rates": [], "oom": [], "batch": {}}
     stamps = np.array([line["time"] for line in done])
     clock = np.concatenate([[0.0], np.cumsum(np.minimum(np.diff(stamps), GAP))])
-    commits = len(np.unique(stamps))                              # a bin narrower than a batch would jump up and down
+    commits = len(np.unique(stamps))  # a bin narrower than a batch would jump up and down
     edges = np.linspace(0, max(clock[-1], 1e-6), min(bins, max(2, commits // 4)) + 1)
     batch = {}
     for t, line in zip(clock, done):
         batch.setdefault(line["worker"], []).append((t, line["batch"]))
     counts, width = np.histogram(clock, edges)[0], edges[1] - edges[0]
-    first = int((clock == 0).sum())                               # the work of the first batch lies before its stamp
+    first = int((clock == 0).sum())  # the work of the first batch lies before its stamp
     return {"seconds": float(clock[-1]), "rate": (len(done) - first) / max(clock[-1], 1e-6),
             "times": edges[:-1] + width / 2, "rates": counts / width,
             "oom": [(t, line["oom"]) for t, line in zip(clock, done) if line.get("oom")], "batch": batch}
@@ -103,7 +110,8 @@ def summary(job: Job, lines=None) -> dict:
     counts, name = Counter(line["status"] for line in lines), score_name(lines)
     values = [line[f"metric_{name}"] for line in lines if line.get(f"metric_{name}") is not None]
     flow = throughput(lines)
-    messages = Counter((line["status"], line["message"]) for line in lines if line["status"] not in ("ok", "left"))
+    messages = Counter((line["status"], line["message"]) for line in lines
+                       if line["status"] not in ("ok", "left"))
     return {"job": job.folder.resolve().name, "created": job.facts["created"], "inputs": len(lines),
             "counts": {k: counts[k] for k in (*FINAL, "left")}, "score": name,
             "pooled": {k: round(float(v), 6) for k, v in pooled(values).items()},
@@ -221,7 +229,8 @@ def chart_status(counts) -> bytes:
 
 def choose(lines, name, seed=0) -> dict:
     """{"worst" | "best" | "random": lines}, at most CELLS each."""
-    some = [line for line in lines if line["status"] == "ok" and (not name or line.get(f"metric_{name}") is not None)]
+    some = [line for line in lines if line["status"] == "ok"
+            and (not name or line.get(f"metric_{name}") is not None)]
     picked = random.Random(seed).sample(some, min(CELLS, len(some)))
     sheets = {"random": sorted(picked, key=lambda line: line["place"])}
     if name:
@@ -234,7 +243,8 @@ def _thumb(source) -> Image.Image:
     """A picture from bytes or a path, as a tile on grey; what cannot be read is an empty tile."""
     tile = Image.new("RGB", (TILE, TILE), "#eeeeee")
     try:
-        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
+        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes)
+                                                     else source))
         picture.thumbnail((TILE, TILE))
         picture = picture.convert("RGBA" if "A" in picture.getbands() else "RGB")
         place = ((TILE - picture.width) // 2, (TILE - picture.height) // 2)
@@ -245,7 +255,8 @@ def _thumb(source) -> Image.Image:
 
 
 def _error_tile(line, before, after) -> Image.Image:
-    """Where the depth is off; without depth, how much each pixel changed. One scale: 0 black, MAP_SCALE white."""
+    """Where the depth is off; without depth, how much each pixel changed. One scale: 0 black, MAP_SCALE
+    white."""
     from lib.processors import unpack_map
     if line.get("metric_error_map"):
         error = unpack_map(line["metric_error_map"])
@@ -278,7 +289,8 @@ def sheet(job: Job, lines, name) -> bytes:
 # ---------------------------------------------------------------- the files
 
 def make(job: Job, to=None) -> Path:
-    """Write the report of a job as it is now; returns the path of report.html. `to`: a folder (default job/report)."""
+    """Write the report of a job as it is now; returns the path of report.html. `to`: a folder (default
+    job/report)."""
     folder = Path(to or job.folder / "report")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -311,34 +323,39 @@ td.n{text-align:right;font-variant-numeric:tabular-nums}.note{color:#666}"""
 def as_html(facts, pictures, bad) -> str:
     """One file, no script, no link outwards."""
     safe = lambda text: html.escape(str(text))
-    image = lambda which, words: (f"<img alt='{safe(words)}' src='data:image/png;base64,"
-                                  f"{base64.b64encode(pictures[which]).decode()}'>") if which in pictures else ""
+    data = {which: base64.b64encode(picture).decode() for which, picture in pictures.items()}
+    image = lambda which, words: (f"<img alt='{safe(words)}' src='data:image/png;base64,{data[which]}'>"
+                                  if which in data else "")
     counts, left = facts["counts"], facts["counts"]["left"]
     done = facts["inputs"] - left
     state = "finished" if not left else f"{left:,} left when this report was made"
     parts = [f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{safe(facts['job'])}</title>",
              f"<style>{STYLE}</style><h1>{safe(facts['job'])}</h1>",
-             f"<p class='note'>{done:,} of {facts['inputs']:,} inputs, {state}. Job begun {safe(facts['created'])}, "
-             f"report of {time.strftime('%Y-%m-%d %H:%M')}. {facts['images_per_second']:.3g} images a second over "
-             f"{_hours(facts['seconds'])} of work, {len(facts['workers'])} worker processes in all, at most "
-             f"{facts['peak_mb']:,.0f} MB of memory in one.</p>",
+             f"<p class='note'>{done:,} of {facts['inputs']:,} inputs, {state}. Job begun "
+             f"{safe(facts['created'])}, report of {time.strftime('%Y-%m-%d %H:%M')}. "
+             f"{facts['images_per_second']:.3g} images a second over {_hours(facts['seconds'])} of work, "
+             f"{len(facts['workers'])} worker processes in all, at most {facts['peak_mb']:,.0f} MB of memory "
+             "in one.</p>",
              "<h2>What became of the inputs</h2>", image("status", "status of all inputs"),
              _rows([(n, f"{c:,}") for n, c in counts.items()], safe)]
     if facts["top_messages"]:
         parts += ["<p>The commonest reasons:</p>",
                   _rows([(f"{s}: {t}", f"{n:,}") for s, t, n in facts["top_messages"]], safe),
-                  f"<details><summary>all {len(bad):,} inputs that are not ok (at most 200 are listed)</summary>",
-                  _rows([(row["id"], f"{row['status']}: {row['message']}") for row in bad[:200]], safe), "</details>"]
+                  f"<details><summary>all {len(bad):,} inputs that are not ok (at most 200 are "
+                  "listed)</summary>",
+                  _rows([(row["id"], f"{row['status']}: {row['message']}") for row in bad[:200]], safe),
+                  "</details>"]
     if facts["pooled"]:
         parts += _score_section(facts, image, safe)
     for which, words in (("worst", "The worst"), ("best", "The best"), ("random", "Some by lot")):
         if which in pictures:
-            parts += [f"<h2>{words}</h2><p class='note'>Input, output, error map. All error maps share one scale: "
-                      f"black is 0, white is {MAP_SCALE} or more.</p>", image(which, words)]
+            parts += [f"<h2>{words}</h2><p class='note'>Input, output, error map. All error maps share one "
+                      f"scale: black is 0, white is {MAP_SCALE} or more.</p>", image(which, words)]
     parts += ["<h2>Speed</h2>", image("throughput", "images a second over time"),
               f"<p>{facts['oom_events']} times memory ran out and the batch was halved; "
               f"{facts['in_full_precision']} images were done again in full precision.</p>",
-              _rows([(_SPENT[k], f"{v:,.1f} s") for k, v in facts["time_spent"].items() if k in _SPENT], safe),
+              _rows([(_SPENT[k], f"{v:,.1f} s") for k, v in facts["time_spent"].items() if k in _SPENT],
+                    safe),
               "<h2>Settings</h2>", _rows(facts["fingerprint"].items(), safe), "</html>\n"]
     return "\n".join(part for part in parts if part)
 
@@ -350,15 +367,19 @@ _SPENT = {"wall": "all workers' time, shard by shard", "load": "decoding (in thr
 
 def _score_section(facts, image, safe) -> list:
     name = SCORES[facts["score"]]
-    meaning = ("Depth, estimated again on each output, against the depth that the edit intended (the input's own, with "
-               "the object's surface at its depth), after the best scale and shift; unit: the course's depth, 0 to 1."
-               if facts["score"] == "depth_rmse" else "Of the output against the input, for values from 0 to 1.")
+    meaning = ("Depth, estimated again on each output, against the depth that the edit intended (the input's "
+               "own, with the object's surface at its depth), after the best scale and shift; unit: the "
+               "course's depth, 0 to 1."
+               if facts["score"] == "depth_rmse" else
+               "Of the output against the input, for values from 0 to 1.")
     return [f"<h2>{safe(name)}</h2><p>{meaning}</p>",
-            _rows([(k, f"{v:,.0f}" if k == "images" else f"{v:.4f}") for k, v in facts["pooled"].items()], safe),
-            "<p><b>How images are pooled.</b> Each image gives one RMSE over its pixels. The <i>mean</i> treats every "
-            "image alike. The <i>root of the mean square</i> is the RMSE over all pixels of all images (of one size) "
-            "together; it is never smaller, and a few bad images raise it. They answer different questions; do not "
-            "compare one with the other.</p>", image("over_time", f"{name} over time"),
+            _rows([(k, f"{v:,.0f}" if k == "images" else f"{v:.4f}") for k, v in facts["pooled"].items()],
+                  safe),
+            "<p><b>How images are pooled.</b> Each image gives one RMSE over its pixels. The <i>mean</i> "
+            "treats every image alike. The <i>root of the mean square</i> is the RMSE over all pixels of all "
+            "images (of one size) together; it is never smaller, and a few bad images raise it. They answer "
+            "different questions; do not compare one with the other.</p>",
+            image("over_time", f"{name} over time"),
             image("histogram", f"histogram of {name}"), image("ecdf", f"ECDF of {name}")]
 
 

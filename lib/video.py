@@ -3,8 +3,9 @@
     for frame in frames("walk.mp4", step=0.1): frame.image, frame.time, frame.pts, frame.dup_of
     extract("walk.mp4", "frames/")                PNG files and frames.jsonl, for lib.batch
 
-`index / fps` is wrong for phones, whose frame rate varies, and seeking finds the wrong frame there. The frame *shown*
-at t is the last one with timestamp <= t, as a player does it. Rotation stored in the file is applied; PyAV does not.
+`index / fps` is wrong for phones, whose frame rate varies, and seeking finds the wrong frame there. The frame
+*shown* at t is the last one with timestamp <= t, as a player does it. Rotation stored in the file is applied;
+PyAV does not.
 """
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ class Frame:
 def decoded(path):
     """Every frame of the first video stream, in the order shown: (timestamp as a Fraction, av.VideoFrame).
 
-    A file that is cut short gives the frames before the cut. ValueError: not a video, or nothing in it decodes.
+    A file that is cut short gives the frames before the cut. ValueError: not a video, or nothing in it
+    decodes.
     """
     import av
     path, count = Path(path), 0
@@ -58,18 +60,21 @@ def decoded(path):
         stream.thread_type = "AUTO"
         try:
             for frame in container.decode(stream):
-                if frame.pts is not None and not frame.is_corrupt:       # a decoder invents what is missing at a cut
+                # a decoder invents what is missing at a cut
+                if frame.pts is not None and not frame.is_corrupt:
                     count += 1
                     yield frame.pts * (frame.time_base or stream.time_base), frame
         except (av.error.FFmpegError, EOFError) as error:         # what was decoded before a cut is good
             if not count:
-                raise ValueError(f"{path.name} holds no frame that can be decoded ({_reason(error)}).") from None
+                why = _reason(error)
+                raise ValueError(f"{path.name} holds no frame that can be decoded ({why}).") from None
     if not count:
         raise ValueError(f"{path.name} holds no frames.")
 
 
 def pixel_aspect(path) -> Fraction:
-    """Width of a pixel over its height, as players show it (old cameras stored pictures squeezed); 1 where nobody says."""
+    """Width of a pixel over its height, as players show it (old cameras stored pictures squeezed); 1 where
+    nobody says."""
     import av
     with contextlib.suppress(av.error.FFmpegError, OSError), av.open(str(path)) as container:
         return next((Fraction(s.sample_aspect_ratio or 1) for s in container.streams.video), Fraction(1))
@@ -77,13 +82,15 @@ def pixel_aspect(path) -> Fraction:
 
 
 def _reason(error) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:80]}" if str(error) else type(error).__name__
+    first = str(error).splitlines()[:1]
+    return ": ".join([type(error).__name__, *(line[:80] for line in first)])
 
 
 def on_grid(times, step=Fraction(1, 10)):
     """Which frame is shown at each grid time: [(k, number of the frame)], for timestamps in the order shown.
 
-    t_k = times[0] + k * step; the frame is the last one with timestamp <= t_k; the last t_k is <= the last timestamp.
+    t_k = times[0] + k * step; the frame is the last one with timestamp <= t_k; the last t_k is <= the last
+    timestamp.
     """
     shown, k = [], 0
     for number, t in enumerate(times):
@@ -109,7 +116,7 @@ def frames(path, step=0.1, max_side=None):
             given = _given(k, step, held, given, max_side, aspect)
             yield given
             k += 1
-        if held is None or t >= held[0]:                          # timestamps that run backwards are a broken file
+        if held is None or t >= held[0]:  # timestamps that run backwards are a broken file
             held = (t, frame)
     if first + k * step == held[0]:                               # the last frame lies on the grid
         yield _given(k, step, held, given, max_side, aspect)
@@ -128,7 +135,7 @@ def _upright(frame, max_side, aspect=1) -> np.ndarray:
     picture = frame.to_ndarray(format="rgb24")
     if aspect != 1:
         picture = _resized(picture, (max(1, round(picture.shape[1] * aspect)), picture.shape[0]))
-    turns = getattr(frame, "rotation", 0) // 90                   # the sign: a test compares with OpenCV's own turn
+    turns = getattr(frame, "rotation", 0) // 90  # the sign: a test compares with OpenCV's own turn
     picture = np.ascontiguousarray(np.rot90(picture, k=turns))
     if max_side and max(picture.shape[:2]) > max_side:
         scale = max_side / max(picture.shape[:2])
@@ -144,11 +151,12 @@ def _resized(picture, size) -> np.ndarray:
 # ---------------------------------------------------------------- files for a batch
 
 def extract(path, folder, step=0.1, max_side=None) -> Path:
-    """Write the frames of a video as PNG and frames.jsonl {index, time, pts, dup_of, file}; returns the folder.
+    """Write the frames of a video as PNG and frames.jsonl {index, time, pts, dup_of, file}; returns the
+    folder.
 
-    A duplicate gets a line that names the file of the frame it repeats, and no file: a batch need not do it twice.
-    Killed in between it goes on where it was; finished (frames.jsonl is written last) it does nothing. Refused: the
-    folder holds the frames, or some frames, of another video or step.
+    A duplicate gets a line that names the file of the frame it repeats, and no file: a batch need not do it
+    twice. Killed in between it goes on where it was; finished (frames.jsonl is written last) it does nothing.
+    Refused: the folder holds the frames, or some frames, of another video or step.
     """
     from PIL import Image
     folder, rows = Path(folder), []
@@ -162,12 +170,13 @@ def extract(path, folder, step=0.1, max_side=None) -> Path:
         begun.unlink(missing_ok=True)
         return folder
     for frame in frames(path, step, max_side):
-        if not rows:                                              # it is a video: now something may be written
+        if not rows:  # it is a video: now something may be written
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             write_atomic(begun, (json.dumps(source) + "\n").encode())
         name = f"frame{frame.index if frame.dup_of is None else frame.dup_of:06d}.png"
-        rows.append({"index": frame.index, "time": frame.time, "pts": frame.pts, "dup_of": frame.dup_of, "file": name})
+        rows.append({"index": frame.index, "time": frame.time, "pts": frame.pts, "dup_of": frame.dup_of,
+                     "file": name})
         if frame.dup_of is None and not (head and (folder / name).exists()):
             buffer = io.BytesIO()
             Image.fromarray(frame.image).save(buffer, "PNG", compress_level=3)
@@ -185,7 +194,8 @@ def read_frames(folder) -> list[dict]:
 # ---------------------------------------------------------------- writing
 
 def write(path, images, times, bit_depth=8, options=None):
-    """Encode uint8 frames (H, W, 3) shown at `times` (seconds, increasing; the rate may vary) as H.264, atomically.
+    """Encode uint8 frames (H, W, 3) shown at `times` (seconds, increasing; the rate may vary) as H.264,
+    atomically.
 
     Height and width must be even. Used for the course's sample and for tests; bit_depth=10 writes yuv420p10.
     """
@@ -210,7 +220,8 @@ def write(path, images, times, bit_depth=8, options=None):
 
 
 def walk(seconds=5.0, fps=12, size=(240, 320)):
-    """A camera that rises through a room of the Miniature like a crane: (frames uint8, times). Deterministic."""
+    """A camera that rises through a room of the Miniature like a crane: (frames uint8, times).
+    Deterministic."""
     from dataclasses import replace
 
     from lib import scenes, show
@@ -224,9 +235,11 @@ def walk(seconds=5.0, fps=12, size=(240, 320)):
 
 
 def walk_depth(folder, seconds=5.0) -> Path:
-    """Beside the sample's extracted frames, their exact depth in metres as .npy, from the renderer; returns the folder.
+    """Beside the sample's extracted frames, their exact depth in metres as .npy, from the renderer; returns
+    the folder.
 
-    Home video has no such thing; the sample has, so that a lesson's edits can be right or wrong by the edit alone.
+    Home video has no such thing; the sample has, so that a lesson's edits can be right or wrong by the edit
+    alone.
     """
     from dataclasses import replace
 
@@ -239,7 +252,8 @@ def walk_depth(folder, seconds=5.0) -> Path:
         if not path.exists():
             with Image.open(folder / row["file"]) as frame:
                 size = frame.size[::-1]
-            camera = replace(scene.camera, **_path(scene.camera, min(1.0, row["pts"] * 12 / (seconds * 12 - 1))))
+            camera = replace(scene.camera,
+                             **_path(scene.camera, min(1.0, row["pts"] * 12 / (seconds * 12 - 1))))
             buffer = io.BytesIO()
             np.save(buffer, scenes.render(replace(scene, camera=camera), size, samples=1).depth[0, 0].numpy())
             write_atomic(path, buffer.getvalue())

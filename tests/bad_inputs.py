@@ -1,4 +1,5 @@
-"""A folder of broken, odd and hostile inputs, made by code: name -> what must become of it ("ok" or a bad_input)."""
+"""A folder of broken, odd and hostile inputs, made by code: name -> what must become of it ("ok" or a
+bad_input)."""
 import io
 import os
 import struct
@@ -41,8 +42,10 @@ def broken_exif():
 def huge_header():
     """A PNG of 200,000 x 200,000 pixels, whose file is 60 bytes: memory must not be taken for it."""
     head = struct.pack(">IIBBBBB", 200_000, 200_000, 8, 2, 0, 0, 0)
-    chunk = lambda name, data: struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    number = lambda n: struct.pack(">I", n)
+    chunk = lambda name, data: number(len(data)) + name + data + number(zlib.crc32(name + data))
+    chunks = chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(b"")), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def animated():
@@ -130,7 +133,8 @@ def make(folder: Path) -> dict:
         (folder / "link.png").symlink_to("plain.png")
         (folder / "circle").symlink_to(".")                       # a folder that holds itself
         os.mkfifo(folder / "pipe.png")                            # opening it would wait for ever
-        expected |= {"loop.png": "bad_input", "dangling.png": "bad_input", "link.png": "ok", "pipe.png": "bad_input"}
+        expected |= {"loop.png": "bad_input", "dangling.png": "bad_input", "link.png": "ok",
+                     "pipe.png": "bad_input"}
     (folder / "Thumbs.db").write_bytes(b"not a picture, and not named like one")
     return expected
 
@@ -161,13 +165,15 @@ def depth_cases() -> dict:
         "depth_wrong_size": (".npy", npy(ramp[:-3]), "bad_input"),
         "depth_turned": (".npy", npy(np.ascontiguousarray(ramp.T)), "bad_input"),
         "depth_text": (".npy", b"no array", "bad_input"),
-        "depth_pickle": (".npy", npy(np.array([{"a": 1}], dtype=object)), "bad_input"),        # never unpickled
+        "depth_pickle": (".npy", npy(np.array([{"a": 1}], dtype=object)), "bad_input"),  # never unpickled
         "depth_eight_bit": (".png", encoded(good(mode="L")), "bad_input"),
         "depth_colour_map": (".png", encoded(good()), "bad_input"),
         "depth_missing": (None, b"", "bad_input"),
-        "mask_empty": (".npy", npy(np.where(np.arange(w) < 1, 1, 9).astype(np.float32)[None].repeat(h, 0) + ramp * 0),
+        "mask_empty": (".npy", npy(np.where(np.arange(w) < 1, 1, 9).astype(np.float32)[None].repeat(h, 0)
+                                   + ramp * 0),
                        "ok"),
-        "mask_full": (".npy", npy(np.where(np.arange(w) < w - 2, 1, 9).astype(np.float32)[None].repeat(h, 0)), "ok"),
+        "mask_full": (".npy", npy(np.where(np.arange(w) < w - 2, 1, 9).astype(np.float32)[None].repeat(h, 0)),
+                      "ok"),
     }
 
 

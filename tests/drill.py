@@ -1,11 +1,12 @@
 """The drill: a job of many small pictures is killed again and again, and must end as if nothing had happened.
 
-    python tests/drill.py --images 25000 --kills 50            (a few minutes; a folder in memory makes it quicker)
+    python tests/drill.py --images 25000 --kills 50            (a few minutes; a folder in memory makes it
+    quicker)
 
-Every kill is a `kill -9` of a worker, or of the parent, at a random moment. In between the disk is full, the output
-is read-only, memory runs out, results are NaN, one picture kills every process that touches it, and each restart has
-another number of workers and another engine. At the end: every input has exactly one final row, no file is torn or
-left over, and every picture is bit for bit that of a second, undisturbed run.
+Every kill is a `kill -9` of a worker, or of the parent, at a random moment. In between the disk is full, the
+output is read-only, memory runs out, results are NaN, one picture kills every process that touches it, and
+each restart has another number of workers and another engine. At the end: every input has exactly one final
+row, no file is torn or left over, and every picture is bit for bit that of a second, undisturbed run.
 """
 import argparse
 import contextlib
@@ -44,7 +45,8 @@ def number_of(name) -> int:
 
 
 class Troubled(Tint):
-    """Tint, with trouble that depends on the picture's number (and, for a full or read-only disk, on DRILL)."""
+    """Tint, with trouble that depends on the picture's number (and, for a full or read-only disk, on
+    DRILL)."""
     defaults = {"seed": 0, "size": 0, "amount": 0.25, "slow": 0.0}
     batch, half = 16, True
 
@@ -57,7 +59,8 @@ class Troubled(Tint):
 
     @staticmethod
     def _break_disk(number, after):
-        """From the `after`-th rename on, none works; what was written of the file stays behind as in real life."""
+        """From the `after`-th rename on, none works; what was written of the file stays behind as in real
+        life."""
         real, calls = os.replace, []
 
         def replace(a, b):
@@ -99,12 +102,14 @@ def make_inputs(folder: Path, count: int, size=24):
 
 def expected(n: int) -> str:
     """The final status of picture n."""
-    rules = [(n % 211 == 30, "bad_input"), (n % 5003 == 500, "error"), (n % 997 == 11, "oom"), (n % 499 == 20, "nan")]
+    rules = [(n % 211 == 30, "bad_input"), (n % 5003 == 500, "error"), (n % 997 == 11, "oom"),
+             (n % 499 == 20, "nan")]
     return next((status for is_so, status in rules if is_so), "ok")
 
 
 def faults(folder, clean=None) -> list[str]:
-    """Everything that is wrong with a finished job, as sentences; [] when nothing is. clean: an undisturbed run."""
+    """Everything that is wrong with a finished job, as sentences; [] when nothing is. clean: an undisturbed
+    run."""
     job, found = jobs.open_job(folder), []
     lines = [line for n in job.shards for line in job.shard(n).final.read_bytes().splitlines(keepends=True)]
     rows = [row for n in job.shards for row in jobs.read_rows(job.shard(n).final)]
@@ -119,7 +124,8 @@ def faults(folder, clean=None) -> list[str]:
     if clean:
         other = {row["id"]: row for row in jobs.open_job(clean).rows()}
         found += [f"{row['id']} differs from the undisturbed run" for row in rows
-                  if (row["status"], row.get("sha")) != (other[row["id"]]["status"], other[row["id"]].get("sha"))]
+                  if (row["status"], row.get("sha")) != (other[row["id"]]["status"],
+                                                         other[row["id"]].get("sha"))]
     return found
 
 
@@ -140,9 +146,12 @@ def strays(job, rows):
 def command(folder, source, workers, engine, pack, slow, shard_size):
     """How this start is done: the parent with an engine, or bare workers as in a Slurm array."""
     if engine == "array":
-        return [sys.executable, "-m", "lib.batch", "worker", str(folder), "--index", str(workers), "--of", "3"]
-    return [sys.executable, "-m", "lib.batch", "run", str(folder), "--input", str(source), "--process", SPEC, "--set",
-            f"slow={slow}", "--workers", str(workers), "--engine", engine, "--pack", pack, "--shard-size", str(shard_size),
+        return [sys.executable, "-m", "lib.batch", "worker", str(folder), "--index", str(workers), "--of",
+                "3"]
+    return [sys.executable, "-m", "lib.batch", "run", str(folder), "--input", str(source), "--process", SPEC,
+            "--set",
+            f"slow={slow}", "--workers", str(workers), "--engine", engine, "--pack", pack, "--shard-size",
+            str(shard_size),
             "--quiet", "--device", "cpu"]
 
 
@@ -165,7 +174,8 @@ def kill_one(process, rng) -> str:
     try:
         family = psutil.Process(process.pid)
         crew = family.children()
-        if any(program(child) == "gcs_server" for child in crew):  # Ray: of its many processes, those that matter here
+        # Ray: of its many processes, those that matter here
+        if any(program(child) == "gcs_server" for child in crew):
             crew = [child for child in family.children(recursive=True)
                     if program(child) == "raylet" or program(child).startswith("ray::ray_shard")]
         target = family if not crew or rng.random() < 0.3 else rng.choice(crew)
@@ -176,8 +186,8 @@ def kill_one(process, rng) -> str:
 
 
 def await_work(process, folder, since, most=120):
-    """Wait until somebody works on a shard since then, or the process is over: a kill before that tests the start
-    of Python only."""
+    """Wait until somebody works on a shard since then, or the process is over: a kill before that tests the
+    start of Python only."""
     while process.poll() is None and time.time() < since + most:
         for path in (folder / "claims").glob("[0-9]*"):
             with contextlib.suppress(OSError):                    # released meanwhile
@@ -212,7 +222,8 @@ def disturb(folder, source, kills, rng, pack, slow, shard_size, log, pause, engi
     return seen
 
 
-def drill(images=600, kills=6, folder=None, seed=0, pack="files", slow=0.002, shard_size=0, pause=(0.4, 1.6), say=print):
+def drill(images=600, kills=6, folder=None, seed=0, pack="files", slow=0.002, shard_size=0, pause=(0.4, 1.6),
+          say=print):
     """The whole drill; returns (faults, what happened). The folder is removed when nothing was wrong."""
     rng, base = random.Random(seed), Path(tempfile.mkdtemp(prefix="drill-", dir=folder))
     source, clean, disturbed = base / "in", base / "clean", base / "job"
@@ -228,13 +239,16 @@ def drill(images=600, kills=6, folder=None, seed=0, pack="files", slow=0.002, sh
         last = start(command(disturbed, source, 2, "local", pack, slow, shard_size), base / "job.log")
         if last.wait() == 0:
             break
-    say(f"{dict(sorted(seen.items()))} in {time.time() - begin:.0f} s; exit code of the last run: {last.returncode}")
+    say(f"{dict(sorted(seen.items()))} in {time.time() - begin:.0f} s; exit code of the last run: "
+        f"{last.returncode}")
     wrong = faults(disturbed, clean) + ([] if last.returncode == 0 else ["the last run did not end well"])
     if kills >= 20:                                               # else chance may well leave one out
         wrong += [f"the drill itself was too mild: no {what}" for what in
-                  ("worker", "parent", "disk full", "disk readonly", *(f"starts of {e}" for e in set(engines)))
+                  ("worker", "parent", "disk full", "disk readonly",
+                   *(f"starts of {e}" for e in set(engines)))
                   if not seen[what]]
-        wrong += [f"only {seen['worker'] + seen['parent']} kills hit: the job was done too soon (--slow, --pause)"
+        wrong += [f"only {seen['worker'] + seen['parent']} kills hit: the job was done too soon (--slow, "
+                  "--pause)"
                   ] * (seen["worker"] + seen["parent"] < kills)
     if not wrong:
         shutil.rmtree(base)
@@ -247,19 +261,23 @@ def has_ray() -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--folder", default=None, help="where to work; /dev/shm is quick")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pack", choices=("files", "tar"), default="files")
-    parser.add_argument("--slow", type=float, default=0.002, help="seconds of pretended work for each picture")
+    parser.add_argument("--slow", type=float, default=0.002,
+                        help="seconds of pretended work for each picture")
     parser.add_argument("--shard-size", type=int, default=0)
-    parser.add_argument("--pause", type=float, nargs=2, default=(0.4, 1.6), help="seconds between kills, from and to")
+    parser.add_argument("--pause", type=float, nargs=2, default=(0.4, 1.6),
+                        help="seconds between kills, from and to")
     args = parser.parse_args()
     wrong, _ = drill(args.images, args.kills, args.folder, args.seed, args.pack, args.slow, args.shard_size,
                      args.pause, lambda text: print(text, flush=True))
-    print("\n".join(wrong[:20]) or "nothing lost, nothing twice, nothing torn, nothing left over, every picture the same")
+    print("\n".join(wrong[:20]) or "nothing lost, nothing twice, nothing torn, nothing left over, every "
+                                   "picture the same")
     return bool(wrong)
 
 

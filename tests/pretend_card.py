@@ -1,11 +1,11 @@
 """A graphics card that is not there: the rules of CUDA, with the numbers of the CPU.
 
-`with plugged_in() as card:` makes "cuda" a device on a machine without one. A tensor moved there is a `Card`, computed
-on by the CPU's kernels in its own dtype (half precision included), and it keeps what CUDA demands: no operation with a
-tensor of the CPU unless that has no dimension, no NumPy, no generator of the other device. So a test finds the
-forgotten `.to(device)`, `.cpu()` and `.float()` that else wait for the first run on a rented card. It says nothing
-about time, memory or the rounding of the card's own kernels. `card` counts: `moved_in`, `moved_out` (tensors with a
-dimension), `waits` (synchronisations asked for), `emptied`.
+`with plugged_in() as card:` makes "cuda" a device on a machine without one. A tensor moved there is a `Card`,
+computed on by the CPU's kernels in its own dtype (half precision included), and it keeps what CUDA demands:
+no operation with a tensor of the CPU unless that has no dimension, no NumPy, no generator of the other
+device. So a test finds the forgotten `.to(device)`, `.cpu()` and `.float()` that else wait for the first run
+on a rented card. It says nothing about time, memory or the rounding of the card's own kernels. `card` counts:
+`moved_in`, `moved_out` (tensors with a dimension), `waits` (synchronisations asked for), `emptied`.
 """
 import contextlib
 import re
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 T = torch.Tensor
 CUDA = torch.device("cuda", 0)
-BOTH = ("copy_", "__setitem__", "_has_compatible_shallow_copy_type")      # what may have tensors of both devices
+BOTH = ("copy_", "__setitem__", "_has_compatible_shallow_copy_type")  # what may have tensors of both devices
 _count = Counter()
 
 
@@ -72,8 +72,8 @@ def check(func, name, tensors, kwargs):
         return
     strict = name in ("cat", "stack", "concat")
     if any(x.dim() or strict for x in here):
-        raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and "
-                           f"cpu! (in {name}, shapes {[tuple(x.shape) for x in tensors]})")
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, "
+                           f"cuda:0 and cpu! (in {name}, shapes {[tuple(x.shape) for x in tensors]})")
     if kwargs.get("generator") is not None and kwargs["generator"].device.type != "cuda":
         raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
 
@@ -103,7 +103,8 @@ def move(x, *args, **kwargs):
     args = [a for a in args if isinstance(a, torch.dtype)]        # the rest: non_blocking, copy
     plain = x.as_subclass(T) if isinstance(x, Card) else x
     with torch._C.DisableTorchFunction():
-        moved = T.to(plain, *args, **{k: v for k, v in kwargs.items() if v is not None}) if args or kwargs else plain
+        moved = T.to(plain, *args,
+                     **{k: v for k, v in kwargs.items() if v is not None}) if args or kwargs else plain
     there = isinstance(x, Card) if target is None else on_card(target)
     if there and not isinstance(x, Card):
         return arrive(moved if moved is not x else moved.detach().requires_grad_(moved.requires_grad))

@@ -1,4 +1,5 @@
-"""lib.batch and lib.jobs: nothing lost, nothing twice, whatever happens in between. (tests/drill.py does it at length.)"""
+"""lib.batch and lib.jobs: nothing lost, nothing twice, whatever happens in between. (tests/drill.py does it
+at length.)"""
 import errno
 import json
 import os
@@ -39,11 +40,13 @@ def source(tmp_path):
 
 
 def new(tmp_path, source, name="job", process="tint", **options):
-    return jobs.open_or_create(tmp_path / name, source, process, shard_size=options.pop("shard_size", 8), **options)
+    return jobs.open_or_create(tmp_path / name, source, process, shard_size=options.pop("shard_size", 8),
+                               **options)
 
 
 def cli(*words, **options):
-    return subprocess.run([sys.executable, "-m", "lib.batch", *map(str, words)], env=ENV, capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-m", "lib.batch", *map(str, words)], env=ENV, capture_output=True,
+                          text=True,
                           timeout=120, **options)
 
 
@@ -64,7 +67,8 @@ def check_whole(job):
 # ---------------------------------------------------------------- the ordinary way
 
 def test_a_run_and_a_run_with_nothing_to_do(tmp_path, source):
-    words = ("run", tmp_path / "job", "--input", source, "--process", "tint", "--workers", "2", "--shard-size", "4")
+    words = ("run", tmp_path / "job", "--input", source, "--process", "tint", "--workers", "2",
+             "--shard-size", "4")
     first = cli(*words)
     assert first.returncode == 0, first.stderr
     assert "20 of 20 inputs have a final row" in first.stdout
@@ -83,7 +87,8 @@ def test_no_torch_for_a_cheap_processor():
 
 
 def test_the_order_of_work_changes_nothing(tmp_path, source):
-    jobs_made = [new(tmp_path, source, "a"), new(tmp_path, source, "b"), new(tmp_path, source, "c", shard_size=3)]
+    jobs_made = [new(tmp_path, source, "a"), new(tmp_path, source, "b"),
+                 new(tmp_path, source, "c", shard_size=3)]
     options = [batch.Options(batch=1, loaders=1), batch.Options(batch=7, loaders=4), batch.Options(batch=32)]
     for job, option in zip(jobs_made, options):
         assert batch.work(job, option) == batch.DONE
@@ -103,7 +108,8 @@ def test_a_row_says_what_happened(tmp_path, source):
     batch.work(job)
     row = job.rows()[3]
     assert row["id"] == "im003.png" and row["status"] == "ok" and row["attempt"] == 1
-    assert set(row["seconds"]) == {"load", "infer", "encode"} and row["peak_mb"] > 10 and row["metrics"]["rmse"] > 0
+    assert set(row["seconds"]) == {"load", "infer",
+                                   "encode"} and row["peak_mb"] > 10 and row["metrics"]["rmse"] > 0
     timing = json.loads(job.shard(0).done.read_bytes())["timing"]
     assert timing["images"] == 8 and 0 < timing["commit"] < timing["wall"] * 2
 
@@ -236,9 +242,11 @@ def test_no_video_leaves_nothing_behind(tmp_path):
 @pytest.mark.parametrize("amounts", [(0.25, 0.25), (0.25, 0.5)])
 def test_two_that_start_at_once(tmp_path, source, amounts):
     """One makes the job; the other goes on with it, or is refused: never half of each."""
-    words = [sys.executable, "-m", "lib.batch", "run", str(tmp_path / "job"), "--input", str(source), "--process", "tint",
+    words = [sys.executable, "-m", "lib.batch", "run", str(tmp_path / "job"), "--input", str(source),
+             "--process", "tint",
              "--shard-size", "4", "--quiet"]
-    pair = [subprocess.Popen([*words, "--set", f"amount={a}"], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pair = [subprocess.Popen([*words, "--set", f"amount={a}"], env=ENV, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
             for a in amounts]
     for process in pair:
         process.communicate(timeout=120)
@@ -255,11 +263,15 @@ def hashes_of(tmp_path, source, amount):
     return hashes(job)
 
 
+def claim_and_die(path):
+    code = f"from lib.jobs import Claim; from pathlib import Path; Claim.take(Path({str(path)!r}))"
+    subprocess.run([sys.executable, "-c", code], env=ENV, check=True)
+
+
 def test_a_job_whose_maker_was_killed(tmp_path, source):
     """Its claim lies there, and no run.json: the next one takes over."""
-    code = f"from lib.jobs import Claim; from pathlib import Path; Claim.take(Path({str(tmp_path / 'job/claims/00000')!r}))"
     (tmp_path / "job").mkdir()
-    subprocess.run([sys.executable, "-c", code], env=ENV, check=True)
+    claim_and_die(tmp_path / "job" / "claims" / "00000")
     (tmp_path / "job" / "inputs.jsonl").write_bytes(b"half")
     job = new(tmp_path, source)
     assert batch.work(job) == batch.DONE
@@ -279,8 +291,7 @@ def test_one_of_many_gets_a_claim(tmp_path):
 
 
 def test_a_dead_worker_s_claim_is_taken_at_once(tmp_path):
-    code = f"from lib.jobs import Claim; from pathlib import Path; Claim.take(Path({str(tmp_path / '00001')!r}))"
-    subprocess.run([sys.executable, "-c", code], env=ENV, check=True)
+    claim_and_die(tmp_path / "00001")
     assert (tmp_path / "00001").exists() and Claim.take(tmp_path / "00001")
 
 
@@ -340,8 +351,10 @@ def crash_at(monkeypatch, target, name, call, before=True):
 
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("target, name", [
-    (jobs.os, "replace"), (jobs.os, "fsync"), (jobs.Part, "append"), (jobs, "write_atomic"), (batch, "write_atomic"),
-    (jobs.Shard, "finish"), (jobs.Shard, "clear"), (jobs.Claim, "beat"), (jobs.Claim, "release"), (jobs.Shard, "_pack"),
+    (jobs.os, "replace"), (jobs.os, "fsync"), (jobs.Part, "append"), (jobs, "write_atomic"),
+    (batch, "write_atomic"),
+    (jobs.Shard, "finish"), (jobs.Shard, "clear"), (jobs.Claim, "beat"), (jobs.Claim, "release"),
+    (jobs.Shard, "_pack"),
 ])
 @pytest.mark.parametrize("pack", ["files", "tar"])
 def test_a_crash_at_any_step_changes_nothing(tmp_path, source, monkeypatch, target, name, before, pack):
@@ -355,13 +368,14 @@ def test_a_crash_at_any_step_changes_nothing(tmp_path, source, monkeypatch, targ
                 batch.work(job, batch.Options(batch=3))
             except Crash:
                 pass
-        for claim in (job.folder / "claims").glob("*"):    # this process lives, so nobody would take its claims
+        for claim in (job.folder / "claims").glob("*"):  # this process lives, so nobody would take its claims
             claim.unlink()
     assert batch.work(job) == batch.DONE
     assert hashes(job) == hashes(clean)
     check_whole(job)
     if pack == "tar":
-        assert [job.shard(n).tar.read_bytes() for n in job.shards] == [clean.shard(n).tar.read_bytes() for n in job.shards]
+        assert [job.shard(n).tar.read_bytes() for n in job.shards] == [clean.shard(n).tar.read_bytes()
+                                                                       for n in job.shards]
 
 
 def test_a_torn_last_line_is_dropped(tmp_path, source):
@@ -390,8 +404,10 @@ def test_damaged_lines_in_a_manifest_are_passed_over(tmp_path, source):
 def test_temp_files_of_the_dead_are_swept_and_of_another_machine_when_old(tmp_path, source):
     job = new(tmp_path, source)
     batch.work(job)
-    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    mine, dead = (jobs.temp_name("a.png"), jobs.temp_name("b.png").replace(str(os.getpid()), gone.stdout.strip()))
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True,
+                          text=True)
+    mine, dead = (jobs.temp_name("a.png"),
+                  jobs.temp_name("b.png").replace(str(os.getpid()), gone.stdout.strip()))
     old, young = ".c.png.elsewhere.1.tmp", f".d.png.elsewhere.{gone.stdout.strip()}.tmp"
     for name in (mine, dead, old, young):
         (job.folder / "manifest" / name).touch()
@@ -486,7 +502,7 @@ def test_the_batch_grows_again(tmp_path):
     job = new(tmp_path, source, shard_size=60)
     batch.work(job, batch.Options(batch=4), processor=kind(job.facts["settings"]))
     sizes = [len(names) for names, _ in kind.calls]
-    assert sizes[:3] == [4, 2, 2] and sizes.index(4, 1) in range(21, 25)      # what was decoded ahead stays small
+    assert sizes[:3] == [4, 2, 2] and sizes.index(4, 1) in range(21, 25)  # what was decoded ahead stays small
 
 
 def nan(out, n, precise):
@@ -502,9 +518,11 @@ def test_nan_in_half_precision_gets_one_try_in_full(tmp_path, source):
 
 
 def test_whatever_breaks_in_half_precision_gets_one_try_in_full(tmp_path, source):
-    """Numbers beyond half precision may show as an exception (a check in the pipeline) as well as in the picture."""
+    """Numbers beyond half precision may show as an exception (a check in the pipeline) as well as in the
+    picture."""
     half = lambda n, precise: not precise
-    table = {"im001.png": raising(BadInput("holds NaN"), half), "im002.png": raising(ZeroDivisionError("x"), half),
+    table = {"im001.png": raising(BadInput("holds NaN"), half),
+             "im002.png": raising(ZeroDivisionError("x"), half),
              "im003.png": raising(BadInput("nothing is nearer")), "im004.png": raising(MemoryError())}
     rows, calls = trouble(tmp_path, source, table, batch=4)
     assert [rows[f"im00{n}.png"]["status"] for n in range(6)] == ["ok", "ok", "ok", "bad_input", "oom", "ok"]
@@ -521,7 +539,8 @@ def test_a_picture_that_is_too_large_is_done_with_less_memory(tmp_path, source):
         def spare(self):
             asked.append(1)
             return len(asked) == 1
-    table = {"im005.png": raising(MemoryError(), lambda n, precise: not asked), "im006.png": raising(MemoryError())}
+    table = {"im005.png": raising(MemoryError(), lambda n, precise: not asked),
+             "im006.png": raising(MemoryError())}
     job = new(tmp_path, source)
     kind = type("Now", (Sparing,), {"trouble": table, "calls": []})
     batch.work(job, batch.Options(batch=4), processor=kind(job.facts["settings"]))
@@ -533,12 +552,17 @@ def test_a_picture_that_is_too_large_is_done_with_less_memory(tmp_path, source):
 @pytest.mark.parametrize("words, kind", [
     ("CUDA out of memory. Tried to allocate 2.00 GiB", "oom"), ("CUDA error: out of memory", "oom"),
     ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "oom"),
-    ("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate", "oom"),
-    ("MPS backend out of memory", "oom"), ("Unable to find a valid cuDNN algorithm to run convolution", "oom"),
-    ("CUDA error: device-side assert triggered", "poisoned"), ("CUDA error: an illegal memory access", "poisoned"),
+    ("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate",
+     "oom"),
+    ("MPS backend out of memory", "oom"),
+    ("Unable to find a valid cuDNN algorithm to run convolution", "oom"),
+    ("CUDA error: device-side assert triggered", "poisoned"),
+    ("CUDA error: an illegal memory access", "poisoned"),
     ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(`", "poisoned"),
-    ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR", "poisoned"), ("CUDA driver error: unknown error", "poisoned"),
-    ("unspecified launch failure", "poisoned"), ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", "error"),
+    ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR", "poisoned"),
+    ("CUDA driver error: unknown error", "poisoned"),
+    ("unspecified launch failure", "poisoned"),
+    ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", "error"),
 ])
 def test_errors_of_a_card_are_told_apart(words, kind):
     assert batch.classify(RuntimeError(words)) == kind
@@ -547,21 +571,25 @@ def test_errors_of_a_card_are_told_apart(words, kind):
 def test_torch_s_own_errors_are_told_apart():
     torch = pytest.importorskip("torch")
     assert batch.classify(torch.OutOfMemoryError("anything")) == "oom"
-    assert batch.classify(getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: misaligned address")) == "poisoned"
+    assert batch.classify(getattr(torch, "AcceleratorError",
+                                  RuntimeError)("CUDA error: misaligned address")) == "poisoned"
     assert batch.classify(BadInput("the file is named 'cuda error.png'")) == "bad_input"
 
 
 def test_one_bad_picture_does_not_spoil_its_batch(tmp_path, source):
-    table = {"im003.png": raising(ZeroDivisionError("by zero")), "im004.png": raising(BadInput("nothing is nearer"))}
+    table = {"im003.png": raising(ZeroDivisionError("by zero")),
+             "im004.png": raising(BadInput("nothing is nearer"))}
     rows, _ = trouble(tmp_path, source, table, batch=8)
-    assert (rows["im003.png"]["status"], rows["im003.png"]["message"]) == ("error", "ZeroDivisionError: by zero")
+    assert (rows["im003.png"]["status"],
+            rows["im003.png"]["message"]) == ("error", "ZeroDivisionError: by zero")
     assert (rows["im004.png"]["status"], rows["im004.png"]["message"]) == ("bad_input", "nothing is nearer")
     assert [r["status"] for r in rows.values()].count("ok") == 18
 
 
 def test_a_lost_device_ends_the_process_and_blames_nobody_yet(tmp_path, source):
     job = new(tmp_path, source)
-    kind = type("Now", (Trouble,), {"trouble": {"im009.png": raising(RuntimeError("CUDA error: device-side assert"))}})
+    kind = type("Now", (Trouble,),
+                {"trouble": {"im009.png": raising(RuntimeError("CUDA error: device-side assert"))}})
     with pytest.raises(batch.Poisoned):
         batch.work(job, processor=kind(job.facts["settings"]))
     assert len(job.rows()) == 8
@@ -573,7 +601,8 @@ def test_a_picture_that_kills_every_worker_is_found(tmp_path):
     drill.make_inputs(source, 520)
     for n in range(490):
         (source / f"frame{n:06d}.png").unlink()
-    done = cli("run", tmp_path / "job", "--input", source, "--process", drill.SPEC, "--shard-size", "16", "--quiet")
+    done = cli("run", tmp_path / "job", "--input", source, "--process", drill.SPEC, "--shard-size", "16",
+               "--quiet")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["id"]: row for row in check_whole(jobs.open_job(tmp_path / "job"))}
     assert rows["frame000500.png"]["message"].startswith("the worker died 3 times")
@@ -604,7 +633,8 @@ def test_every_bad_input_gets_a_name(tmp_path):
     assert {name: rows[name]["status"] for name in rows} == expected
     assert all(len(row["message"]) > 15 for row in rows.values() if row["status"] != "ok")
     depth = bad_inputs.make_depth(tmp_path / "d")
-    job = new(tmp_path, tmp_path / "d" / "rgb", "depth", process="layers", depth=str(tmp_path / "d" / "depth"))
+    job = new(tmp_path, tmp_path / "d" / "rgb", "depth", process="layers",
+              depth=str(tmp_path / "d" / "depth"))
     assert batch.work(job) == batch.DONE
     assert {row["id"]: row["status"] for row in check_whole(job)} == depth
     assert len(expected) + len(depth) >= 75
@@ -622,8 +652,10 @@ def test_an_empty_or_full_mask_is_said(tmp_path, at, words):
 
 # ---------------------------------------------------------------- faults of the disk
 
-@pytest.mark.parametrize("number, words", [(errno.ENOSPC, "make room"), (errno.EROFS, "make the folder writable")])
-def test_a_disk_that_refuses_stops_the_job_and_blames_no_picture(tmp_path, source, monkeypatch, number, words):
+@pytest.mark.parametrize("number, words",
+                         [(errno.ENOSPC, "make room"), (errno.EROFS, "make the folder writable")])
+def test_a_disk_that_refuses_stops_the_job_and_blames_no_picture(tmp_path, source, monkeypatch, number,
+                                                                 words):
     clean = new(tmp_path, source, "clean")
     batch.work(clean)
     job, real, calls = new(tmp_path, source), os.replace, []
@@ -635,7 +667,7 @@ def test_a_disk_that_refuses_stops_the_job_and_blames_no_picture(tmp_path, sourc
         return real(a, b)
     with monkeypatch.context() as patch:
         patch.setattr(jobs.os, "replace", replace)
-        for tries in range(9):                             # as often as one likes: no picture becomes a suspect
+        for tries in range(9):  # as often as one likes: no picture becomes a suspect
             try:
                 assert batch.work(job, batch.Options(batch=4)) == batch.DONE
                 break
@@ -648,22 +680,25 @@ def test_a_disk_that_refuses_stops_the_job_and_blames_no_picture(tmp_path, sourc
 
 def test_a_file_size_limit_as_a_full_disk(tmp_path):
     source = pictures(tmp_path / "in", 24, size=64)
-    words = f"ulimit -f 8; exec {sys.executable} -m lib.batch run {tmp_path / 'job'} --input {source} --process tint --quiet"
+    words = (f"ulimit -f 8; exec {sys.executable} -m lib.batch run {tmp_path / 'job'} --input {source} "
+             f"--process tint --quiet")
     done = subprocess.run(["bash", "-c", words], env=ENV, capture_output=True, text=True, timeout=60)
     assert done.returncode == batch.BROKEN and "make room" in done.stderr, done.stderr
     assert cli("run", tmp_path / "job").returncode == 0
     assert {row["status"] for row in check_whole(jobs.open_job(tmp_path / "job"))} == {"ok"}
 
 
-@pytest.mark.skipif(not shutil.which("unshare") or os.name != "posix" or os.geteuid() != 0, reason="needs root")
+@pytest.mark.skipif(not shutil.which("unshare") or os.name != "posix" or os.geteuid() != 0,
+                    reason="needs root")
 def test_a_really_full_disk(tmp_path):
     source = pictures(tmp_path / "in", 40, size=64)
     job, small = tmp_path / "job", tmp_path / "small"
     small.mkdir()
     run = f"{sys.executable} -m lib.batch run {small}/job --input {source} --process tint --workers 2 --quiet"
-    script = (f"mount -t tmpfs -o size=200k tmpfs {small} || exit 77; {run}; first=$?; mount -o remount,size=9m {small}; "
-              f"{run} && cp -a {small}/job {job}; exit $first")
-    done = subprocess.run(["unshare", "-m", "bash", "-c", script], env=ENV, capture_output=True, text=True, timeout=100)
+    script = (f"mount -t tmpfs -o size=200k tmpfs {small} || exit 77; {run}; first=$?; mount -o "
+              f"remount,size=9m {small}; {run} && cp -a {small}/job {job}; exit $first")
+    done = subprocess.run(["unshare", "-m", "bash", "-c", script], env=ENV, capture_output=True, text=True,
+                          timeout=100)
     if done.returncode in (77, 1) and "unshare" in done.stderr:
         pytest.skip("no namespaces here")
     assert done.returncode == batch.BROKEN and "No space left" in done.stderr, done.stderr
@@ -712,7 +747,8 @@ def test_a_second_and_a_third_session(tmp_path, source, pack):
 
 @pytest.mark.parametrize("pack", ["files", "tar"])
 def test_retry_of_what_an_earlier_session_did(tmp_path, source, pack):
-    """The new picture lies here, the others still there; a third session finds both, and copies stand alone."""
+    """The new picture lies here, the others still there; a third session finds both, and copies stand
+    alone."""
     clean, first = new(tmp_path, source, "clean", pack=pack), new(tmp_path, source, "first", pack=pack)
     batch.work(clean)
     kind = type("Now", (Trouble,), {"trouble": {"im002.png": nan}, "calls": []})
@@ -783,7 +819,8 @@ def slow_job(tmp_path, count=60, seconds=0.02):
 
 
 def begin(job, *words, workers=2):
-    command = [sys.executable, "-m", "lib.batch", "run", str(job.folder), "--workers", str(workers), "--quiet", *words]
+    command = [sys.executable, "-m", "lib.batch", "run", str(job.folder), "--workers", str(workers),
+               "--quiet", *words]
     return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -858,7 +895,8 @@ def test_a_worker_that_hangs_is_killed(tmp_path, source):
         "            open(flag, 'w').close()\n"
         "            time.sleep(1000)\n"
         "        return super().infer(*a)\n")
-    done = cli("run", tmp_path / "job", "--input", source, "--process", f"{tmp_path / 'hang.py'}:Hang", "--lease", "3",
+    done = cli("run", tmp_path / "job", "--input", source, "--process", f"{tmp_path / 'hang.py'}:Hang",
+               "--lease", "3",
                "--quiet")
     assert done.returncode == 0, done.stderr
     check_whole(jobs.open_job(tmp_path / "job"))
@@ -866,17 +904,21 @@ def test_a_worker_that_hangs_is_killed(tmp_path, source):
 
 def test_a_worker_that_cannot_start_ends_the_run_at_once(tmp_path, source):
     (tmp_path / "never.py").write_text("from lib.processors import Tint\nclass Never(Tint):\n"
-                                       "    def __init__(self, *a): raise RuntimeError('the model is not here')\n")
-    done = cli("run", tmp_path / "job", "--input", source, "--process", f"{tmp_path / 'never.py'}:Never", "--workers", "2")
-    assert done.returncode == batch.USAGE and "cannot start: RuntimeError: the model is not here" in done.stderr
+                                       "    def __init__(self, *a): raise RuntimeError('the model is not "
+                                       "here')\n")
+    done = cli("run", tmp_path / "job", "--input", source, "--process", f"{tmp_path / 'never.py'}:Never",
+               "--workers", "2")
+    assert done.returncode == batch.USAGE
+    assert "cannot start: RuntimeError: the model is not here" in done.stderr
 
 
 def test_one_worker_that_cannot_start_does_not_stop_the_other(tmp_path, source):
     (tmp_path / "one.py").write_text(
-        "from lib.processors import Tint\nclass One(Tint):\n    def __init__(self, *a):\n        super().__init__(*a)\n"
-        f"        try: open({str(tmp_path / 'taken')!r}, 'x').close()\n        except FileExistsError: return\n"
-        "        raise RuntimeError('this card is full')\n")
-    done = cli("run", tmp_path / "job", "--input", source, "--process", f"{tmp_path / 'one.py'}:One", "--workers", "2",
+        "from lib.processors import Tint\nclass One(Tint):\n    def __init__(self, *a):\n        "
+        f"super().__init__(*a)\n        try: open({str(tmp_path / 'taken')!r}, 'x').close()\n        except "
+        "FileExistsError: return\n        raise RuntimeError('this card is full')\n")
+    done = cli("run", tmp_path / "job", "--input", source, "--process", f"{tmp_path / 'one.py'}:One",
+               "--workers", "2",
                "--quiet")
     assert done.returncode == batch.DONE, done.stderr
     assert "is of no use" in done.stderr and "this card is full" in done.stderr
@@ -884,7 +926,8 @@ def test_one_worker_that_cannot_start_does_not_stop_the_other(tmp_path, source):
 
 
 def test_a_worker_is_given_up_for_its_own_deaths_alone(tmp_path, source, monkeypatch):
-    """A card that fails each time, beside one that works well: the rows of the other one are no sign of its health."""
+    """A card that fails each time, beside one that works well: the rows of the other one are no sign of its
+    health."""
     monkeypatch.setattr(engines.Worker, "start", lambda self: setattr(self, "process", SimpleNamespace(
         poll=lambda: -9, pid=4711)))
     worker = engines.Worker(new(tmp_path, source), batch.Plan(batch.Options()), 0, 2, [])
@@ -911,7 +954,8 @@ def test_a_clock_that_is_set_back(tmp_path, source, monkeypatch):
     assert progress.poll() == 20 and worker.poll(progress) and started
     slow = slow_job(tmp_path / "slow", 40, 0.2)
     plan = batch.Plan(batch.Options(batch=1, lease=1e6), 1, max_seconds=3, quiet=True, device="cpu")
-    monkeypatch.setattr(time, "time", lambda: real() + 3600)       # when the deadline is set; the worker's clock is right
+    # when the deadline is set; the worker's clock is right
+    monkeypatch.setattr(time, "time", lambda: real() + 3600)
     begin = time.monotonic()
     assert batch.run(slow, plan) == batch.STOPPED and 2 < time.monotonic() - begin < 30 and slow.pending()
 
@@ -928,7 +972,8 @@ def test_cards_are_shared_out(monkeypatch):
 
 def test_bare_workers_as_in_a_slurm_array(tmp_path):
     job = slow_job(tmp_path, 30, 0.0)
-    crew = [subprocess.Popen([sys.executable, "-m", "lib.batch", "worker", str(job.folder), "--index", str(i), "--of", "3"],
+    crew = [subprocess.Popen([sys.executable, "-m", "lib.batch", "worker", str(job.folder), "--index", str(i),
+                              "--of", "3"],
                              env=ENV) for i in range(3)]
     assert [process.wait(60) for process in crew] == [0, 0, 0]
     check_whole(job)
@@ -939,8 +984,10 @@ def test_bare_workers_as_in_a_slurm_array(tmp_path):
     (["status", "nowhere"], 2, "holds no job"), (["retry", "nowhere"], 2, "holds no job"),
     (["run", "x", "--set", "amount"], 2, "--set wants NAME=VALUE"), (["fly"], 2, "invalid choice"),
     (["run", "x", "--input", "nothing-there"], 2, "There is no input"),
-    (["run", "x", "--shard-size", "-3"], 2, "-3 is below 0"), (["run", "x", "--workers", "-1"], 2, "-1 is below 0"),
-    (["run", "x", "--max-seconds", "nan"], 2, "no number of seconds"), (["run", "x", "--limit", "two"], 2, "two"),
+    (["run", "x", "--shard-size", "-3"], 2, "-3 is below 0"),
+    (["run", "x", "--workers", "-1"], 2, "-1 is below 0"),
+    (["run", "x", "--max-seconds", "nan"], 2, "no number of seconds"),
+    (["run", "x", "--limit", "two"], 2, "two"),
     (["run", __file__, "--input", "."], 2, "is no folder"),
 ])
 def test_exit_codes_and_words(tmp_path, words, code, text):
@@ -983,7 +1030,8 @@ def test_progress_counts_as_the_rows_do(tmp_path, source):
 # ---------------------------------------------------------------- the drill, and the real thing
 
 def test_metric_depth_is_compared_with_inverse_depth_as_depth():
-    """The same ramp in metres and, unknown in scale, as inverse depth: no error. Aligned as they are, there is a large one."""
+    """The same ramp in metres and, unknown in scale, as inverse depth: no error. Aligned as they are, there
+    is a large one."""
     import torch
 
     from lib import depth
@@ -992,7 +1040,8 @@ def test_metric_depth_is_compared_with_inverse_depth_as_depth():
     nothing = torch.zeros(1, 4, 64, 64)
     shot = SimpleNamespace(result=torch.rand(1, 3, 64, 64), object_layer=nothing, hidden_by=nothing[:, :1],
                            photo=SimpleNamespace(depth=given), place=SimpleNamespace(at=0.5))
-    score = lambda found: processors.Edit.depth_error(SimpleNamespace(estimate=lambda image: found), shot)["depth_rmse"]
+    score = lambda found: processors.Edit.depth_error(SimpleNamespace(estimate=lambda image: found),
+                                                      shot)["depth_rmse"]
     assert score(depth.from_inverse(7 / metres)) < 0.005 and score(given) < 1e-4
     straight = depth.align_scale_shift(depth.from_inverse(7 / metres).values, given.values)[0]
     assert float((straight - given.values).square().mean().sqrt()) > 0.03
@@ -1002,7 +1051,8 @@ def test_metric_depth_is_compared_with_inverse_depth_as_depth():
 @pytest.mark.slow
 @pytest.mark.parametrize("pack", ["files", "tar"])
 def test_the_drill_in_small(tmp_path, pack):
-    wrong, seen = drill.drill(700, 5, tmp_path, seed=4, pack=pack, slow=0.012, shard_size=32, pause=(0.2, 0.8))
+    wrong, seen = drill.drill(700, 5, tmp_path, seed=4, pack=pack, slow=0.012, shard_size=32,
+                              pause=(0.2, 0.8))
     assert wrong == [] and seen["worker"] + seen["parent"] >= 4
 
 
@@ -1013,13 +1063,15 @@ def test_the_real_pipeline_whatever_the_batch(tmp_path):
     settings = {"steps": 2, "at": "0.55", "insert": "red chair", "max_side": 128}
     made = []
     for name, size in (("a", 1), ("b", 3)):
-        job = jobs.open_or_create(tmp_path / name, ROOT / "data" / "scenes" / "walk.mp4", "edit", settings, limit=3, step=1.0)
+        job = jobs.open_or_create(tmp_path / name, ROOT / "data" / "scenes" / "walk.mp4", "edit", settings,
+                                  limit=3, step=1.0)
         assert batch.work(job, batch.Options(batch=size)) == batch.DONE
         rows = check_whole(job)
         assert {row["status"] for row in rows} == {"ok"}, [row["message"] for row in rows]
         assert all(0 <= row["metrics"]["depth_rmse"] < 1 for row in rows)
         assert processors.unpack_map(rows[0]["metrics"]["error_map"]).shape == (24, 24)
-        made.append([np.asarray(Image.open(job.shard(r["shard"]).out / r["output"])).astype(int) for r in rows])
+        made.append([np.asarray(Image.open(job.shard(r["shard"]).out / r["output"])).astype(int)
+                     for r in rows])
     for one, other in zip(*made):
         assert np.abs(one - other).max() <= 2
 
@@ -1041,7 +1093,8 @@ def test_a_task_of_ray_on_a_job_that_no_other_engine_has_touched(tmp_path, sourc
     from dataclasses import asdict
     job = new(tmp_path, source)
     options = asdict(batch.Options(batch=4, loaders=1))
-    assert all(engines.ray_shard(str(job.folder), job.facts["root"], n, options, "cpu", False) for n in job.shards)
+    assert all(engines.ray_shard(str(job.folder), job.facts["root"], n, options, "cpu", False)
+               for n in job.shards)
     for runner in [engines._RUNNERS.pop(key) for key in list(engines._RUNNERS)]:
         runner.close()
     check_whole(job)

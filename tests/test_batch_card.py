@@ -1,4 +1,5 @@
-"""The batch on a card that is not there (tests/pretend_card.py): CUDA's rules, the CPU's numbers, half precision."""
+"""The batch on a card that is not there (tests/pretend_card.py): CUDA's rules, the CPU's numbers, half
+precision."""
 import numpy as np
 import pytest
 from PIL import Image
@@ -43,14 +44,19 @@ def test_the_pretended_card_has_cuda_s_rules():
         on = x.to("cuda")
         assert isinstance(on, Card) and on.is_cuda and on.device == torch.device("cuda", 0) and not x.is_cuda
         assert (on + 1).is_cuda and (on * torch.tensor(2.0)).is_cuda and on.half().dtype == torch.float16
-        assert torch.zeros(2, device="cuda").is_cuda and torch.zeros_like(on).is_cuda and torch.cat([on, on]).is_cuda
+        made = torch.zeros(2, device="cuda"), torch.zeros_like(on), torch.cat([on, on])
+        assert all(y.is_cuda for y in made)
         assert not on.cpu().is_cuda and torch.equal(on.cpu(), x) and torch.ones(2).to(on).is_cuda
         x[:1] = on[:1]                                     # a copy may cross
         assert not x.is_cuda and float(x[torch.tensor(1, device="cuda"), 2]) == 5
-        for wrong, words in ((lambda: on + x, "same device"), (lambda: torch.cat([on, torch.tensor([1.0])]), "same device"),
-                             (lambda: torch.nn.functional.linear(on, x), "same device"), (lambda: on.numpy(), "numpy"),
-                             (lambda: np.asarray(on), "numpy"), (lambda: x[torch.tensor([0], device="cuda")], "indices"),
-                             (lambda: torch.randn(2, device="cuda", generator=torch.Generator("cpu")), "generator"),
+        for wrong, words in ((lambda: on + x, "same device"),
+                             (lambda: torch.cat([on, torch.tensor([1.0])]), "same device"),
+                             (lambda: torch.nn.functional.linear(on, x), "same device"),
+                             (lambda: on.numpy(), "numpy"),
+                             (lambda: np.asarray(on), "numpy"),
+                             (lambda: x[torch.tensor([0], device="cuda")], "indices"),
+                             (lambda: torch.randn(2, device="cuda", generator=torch.Generator("cpu")),
+                              "generator"),
                              (lambda: torch.nn.Linear(3, 3).to("cuda")(x), "same device")):
             with pytest.raises((RuntimeError, TypeError), match=words):
                 wrong()
@@ -65,7 +71,8 @@ def test_the_pretended_card_has_cuda_s_rules():
 @pytest.mark.parametrize("more", [{}, {"mechanism": "guide"}, {"insert": "red chair"}, {"dtype": "float32"}],
                          ids=["inject", "guide", "words", "float32"])
 def test_an_edit_is_the_same_there_as_here(home, more):
-    """Half precision on the card unless told otherwise; every tensor where it must be; the same bits as on the CPU."""
+    """Half precision on the card unless told otherwise; every tensor where it must be; the same bits as on
+    the CPU."""
     with plugged_in() as seen:
         made, there = edited(home, "cuda", **more)
         want = torch.float32 if "dtype" in more else torch.float16
@@ -92,7 +99,8 @@ def test_full_precision_is_full_and_then_half_again(home):
 
 
 def test_no_room_for_full_precision_leaves_the_pipeline_whole(home, monkeypatch):
-    """Memory runs out after the U-Net is in float32 and before the VAE is: the next picture must find one dtype."""
+    """Memory runs out after the U-Net is in float32 and before the VAE is: the next picture must find one
+    dtype."""
     with plugged_in():
         made = processors.Edit(settings(home), "cuda")
         entry, real = made.decode({"id": "0.png", "path": str(home / "in" / "0.png")}), models._cast
@@ -114,7 +122,8 @@ def test_less_memory_means_the_same_picture(home):
         made, plain = edited(home, "cuda")
         kept, real = [], attention.Bank.at
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention.Bank, "at", lambda self, *a: kept.append(real(self, *a)["k"].is_cuda) or real(self, *a))
+            patch.setattr(attention.Bank, "at", lambda self,
+                          *a: kept.append(real(self, *a)["k"].is_cuda) or real(self, *a))
             entry = made.decode({"id": "0.png", "path": str(home / "in" / "0.png")})
             made.infer([entry], [7])
             assert kept and all(kept)
@@ -122,18 +131,21 @@ def test_less_memory_means_the_same_picture(home):
             assert made.spare() and not made.spare()
             (spared,) = made.infer([entry], [7])
             assert kept and not any(kept)
-    assert np.array_equal(plain.picture, spared.picture) and not processors.Edit(settings(home), "cpu").spare()
+    assert np.array_equal(plain.picture, spared.picture) and not processors.Edit(settings(home),
+                                                                                 "cpu").spare()
 
 
 def test_a_job_on_the_card_with_numbers_beyond_half_precision(home, tmp_path):
-    """A decoder whose values pass 65504 for every picture: each is NaN in half precision, and whole in full."""
+    """A decoder whose values pass 65504 for every picture: each is NaN in half precision, and whole in
+    full."""
     pipe = models.load(str(home / "random"), quiet=True)
     large = 6e4 / pipe.vae.post_quant_conv.weight.data.abs().max()
     pipe.vae.post_quant_conv.weight.data *= large
     pipe.vae.post_quant_conv.bias.data *= large
     pipe.vae.decoder.conv_in.weight.data /= large
     pipe.save_pretrained(tmp_path / "random-large", safe_serialization=True)
-    job = jobs.open_or_create(tmp_path / "job", home / "in", "edit", settings(home, model=str(tmp_path / "random-large")))
+    job = jobs.open_or_create(tmp_path / "job", home / "in", "edit",
+                              settings(home, model=str(tmp_path / "random-large")))
     with plugged_in() as seen:
         assert batch.work(job, device="cuda") == batch.DONE
     rows = job.rows()
@@ -147,7 +159,8 @@ def test_the_benchmark_of_a_card_runs_there():
     with plugged_in():
         result = benchmark.gpu(benchmark.TINY, steps=4, repeats=1, peak_size=64)
     assert result["card"] == "a card that is not there" and result["dtype"] == "float16"
-    assert set(result["rows"]) == {"plain", "inject", "guide"} and all(r["passes"] for r in result["rows"].values())
+    assert set(result["rows"]) == {"plain", "inject",
+                                   "guide"} and all(r["passes"] for r in result["rows"].values())
 
 
 def test_the_bench_puts_both_processes_on_the_first_card(monkeypatch, tmp_path, home):
@@ -157,7 +170,8 @@ def test_the_bench_puts_both_processes_on_the_first_card(monkeypatch, tmp_path, 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def timed(job, workers, device, pin):
-        seen.append((workers, device, pin, bench.os.environ["CUDA_VISIBLE_DEVICES"], job.facts["settings"]["dtype"]))
+        seen.append((workers, device, pin, bench.os.environ["CUDA_VISIBLE_DEVICES"],
+                     job.facts["settings"]["dtype"]))
         rows = [{"metrics": {"passes": 10}, "time": 1.0, "seconds": {}, "peak_mb": 9.0, "worker": "a"}]
         return {"rate": 2.0, "rows": rows, "busy": 0.9, "commit": 0.01, "wait": 0.0}
     monkeypatch.setattr(bench, "timed_run", timed)

@@ -1,4 +1,5 @@
-"""lib.bench: memory from the manifests, counted operations against a real edit, a watched card, and all of it in small."""
+"""lib.bench: memory from the manifests, counted operations against a real edit, a watched card, and all of it
+in small."""
 import os
 import stat
 import time
@@ -11,7 +12,8 @@ from lib import bench, processors, show
 
 
 def test_memory_of_each_worker_from_its_rows():
-    rows = [{"worker": "a", "peak_mb": 50.0 + (n > 200)} for n in range(400)] + [{"worker": "b", "peak_mb": float(n)} for n in range(1, 10)]
+    rows = [{"worker": "a", "peak_mb": 50.0 + (n > 200)}
+            for n in range(400)] + [{"worker": "b", "peak_mb": float(n)} for n in range(1, 10)]
     assert bench.memory(rows) == [[(100, 50.0), (400, 51.0)], [(3, 3.0), (9, 9.0)]]
     said = []
     bench.show_memory(rows[:400], said.append, "cheap")
@@ -30,8 +32,10 @@ def test_memory_is_flat_over_a_long_run_with_a_cheap_processor():
 def test_operations_of_sd15():
     small, large = bench.operations("sd15", 256), bench.operations("sd15", 512)
     assert 0.7 < large.unet < 0.9 and large.decode > large.encode > 0.5 and 0.3 < large.depth < 0.8
-    assert large.unet > 4 * small.unet and 3.9 < large.decode / small.decode < 4.6      # attention grows faster than the picture
-    assert large.image(10) == pytest.approx(10 * large.unet + 2 * large.encode + 3 * large.decode + 2 * large.depth)
+    # attention grows faster than the picture
+    assert large.unet > 4 * small.unet and 3.9 < large.decode / small.decode < 4.6
+    assert large.image(10) == pytest.approx(10 * large.unet + 2 * large.encode + 3 * large.decode
+                                            + 2 * large.depth)
 
 
 def test_counted_operations_are_those_of_a_real_edit(tmp_path):
@@ -50,7 +54,8 @@ def test_a_card_is_watched(tmp_path, monkeypatch):
     tool = tmp_path / "nvidia-smi"
     lines = [f"2026/11/25 21:30:{at:06.3f}, {busy}, {used}" for at, busy, used in
              ((1.0, 0, 400), (2.0, 0, 400), (3.0, 90, 9000), (4.5, 80, 8000), (9.0, 10, 400))]
-    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in (*lines, "No devices were found", "x, [N/A], 1"))
+    tool.write_text("#!/bin/sh\n"
+                    + "".join(f"echo '{line}'\n" for line in (*lines, "No devices were found", "x, [N/A], 1"))
                     + "exec sleep 30\n")
     tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")

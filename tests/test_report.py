@@ -29,7 +29,8 @@ def job(tmp_path_factory):
 def test_the_files(job):
     page = report.make(job)
     names = {p.name for p in page.parent.iterdir()}
-    assert names == {"report.html", "metrics.csv", "summary.json", "status.png", "over_time.png", "histogram.png",
+    assert names == {"report.html", "metrics.csv", "summary.json", "status.png", "over_time.png",
+                     "histogram.png",
                      "ecdf.png", "throughput.png", "worst.png", "best.png", "random.png"}
     for name in names:
         if name.endswith(".png"):
@@ -40,7 +41,8 @@ def test_the_files(job):
 
 def test_it_reads_without_a_network(job):
     text = report.make(job).read_text()
-    assert not re.findall(r"(?:src|href)=['\"](?!data:)", text) and "<script" not in text and "http" not in text
+    assert not re.findall(r"(?:src|href)=['\"](?!data:)",
+                          text) and "<script" not in text and "http" not in text
     assert text.count("data:image/png;base64,") == 8
 
 
@@ -51,7 +53,8 @@ def test_the_numbers(job):
     values = np.array([row["metrics"]["rmse"] for row in rows if row["status"] == "ok"])
     assert facts["counts"] == {"ok": 117, "bad_input": 1, "nan": 1, "oom": 1, "error": 0, "left": 0}
     assert facts["pooled"]["mean of the images' RMSE"] == pytest.approx(values.mean(), abs=1e-5)
-    assert facts["pooled"]["root of the mean square"] == pytest.approx(np.sqrt((values ** 2).mean()), abs=1e-5)
+    assert facts["pooled"]["root of the mean square"] == pytest.approx(np.sqrt((values ** 2).mean()),
+                                                                       abs=1e-5)
     assert facts["pooled"]["root of the mean square"] >= facts["pooled"]["mean of the images' RMSE"]
     assert facts["oom_events"] == sum(row["oom"] for row in rows) > 0
     assert facts["in_full_precision"] == sum(row["precise"] for row in rows) == 2
@@ -70,7 +73,8 @@ def test_worst_best_random(job):
     values = sorted(line["metric_rmse"] for line in lines if line["status"] == "ok")
     assert [line["metric_rmse"] for line in chosen["worst"]] == values[::-1][:12]
     assert [line["metric_rmse"] for line in chosen["best"]] == values[:12]
-    assert chosen["random"] == report.choose(lines, "rmse")["random"] != report.choose(lines, "rmse", seed=1)["random"]
+    assert chosen["random"] == report.choose(lines, "rmse")["random"] != report.choose(lines, "rmse",
+                                                                                       seed=1)["random"]
 
 
 @pytest.mark.parametrize("state", ["untouched", "one row", "half", "pictures gone", "inputs gone", "all bad"])
@@ -111,14 +115,16 @@ def test_names_are_escaped(tmp_path):
 
 
 def test_pauses_between_sessions_are_no_work():
-    lines = [{"time": t, "batch": 4, "worker": "a", "oom": 0} for t in (*range(100, 200), *range(90_000, 90_100))]
+    lines = [{"time": t, "batch": 4, "worker": "a", "oom": 0}
+             for t in (*range(100, 200), *range(90_000, 90_100))]
     flow = report.throughput(lines)
     assert flow["seconds"] == pytest.approx(198 + report.GAP)
     assert sum(flow["rates"]) * (flow["times"][1] - flow["times"][0]) == pytest.approx(200)
 
 
 def test_the_command(job, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "lib.batch", "report", str(job.folder), "--to", str(tmp_path / "r")],
+    done = subprocess.run([sys.executable, "-m", "lib.batch", "report", str(job.folder), "--to",
+                           str(tmp_path / "r")],
                           capture_output=True, text=True, cwd=drill.ROOT)
     assert done.returncode == 0 and (tmp_path / "r" / "report.html").is_file()
     assert str(tmp_path / "r" / "report.html") in done.stdout

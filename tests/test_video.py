@@ -15,7 +15,8 @@ av = pytest.importorskip("av")
 def numbered(n, size=(64, 96)):
     """A frame that shows its number as 8 wide stripes of black and white, which survive compression."""
     bits = [(n >> k) & 1 for k in range(8)]
-    return np.repeat(np.repeat(np.array(bits, np.uint8)[None, :, None] * 235 + 10, size[0], 0), size[1] // 8, 1).repeat(3, 2)
+    return np.repeat(np.repeat(np.array(bits, np.uint8)[None, :, None] * 235 + 10, size[0], 0), size[1] // 8,
+                     1).repeat(3, 2)
 
 
 def number(image):
@@ -77,15 +78,18 @@ def test_negative_first_timestamp(clip, monkeypatch):
     """The grid starts at the first frame, wherever its clock stands."""
     plain = list(video.frames(clip[0]))
     real = video.decoded
-    monkeypatch.setattr(video, "decoded", lambda path: ((t - Fraction(1, 4), frame) for t, frame in real(path)))
+    monkeypatch.setattr(video, "decoded",
+                        lambda path: ((t - Fraction(1, 4), frame) for t, frame in real(path)))
     early = list(video.frames(clip[0]))
     assert early[0].pts == -0.25 and early[0].time == 0
     assert [number(f.image) for f in early] == [number(f.image) for f in plain]
 
 
 def test_an_edit_list_hides_what_lies_before_it(tmp_path):
-    """mp4 writes frames with negative timestamps behind an edit list: players do not show them, and neither do we."""
-    path = video.write(tmp_path / "early.mp4", [numbered(k) for k in range(8)], [k / 10 - 0.3 for k in range(8)])
+    """mp4 writes frames with negative timestamps behind an edit list: players do not show them, and neither
+    do we."""
+    path = video.write(tmp_path / "early.mp4", [numbered(k) for k in range(8)],
+                       [k / 10 - 0.3 for k in range(8)])
     got = list(video.frames(path))
     assert [number(f.image) for f in got] == [3, 4, 5, 6, 7] and got[0].time == got[0].pts == 0
 
@@ -108,7 +112,7 @@ def test_rotation_is_applied_as_opencv_does(tmp_path, turn):
 def rotate_metadata(path, out, degrees):
     """Write the display matrix of an mp4's track header (tkhd), as phones do."""
     data = bytearray(path.read_bytes())
-    at = data.index(b"tkhd") + 4 + 40                      # version 0: the matrix starts 40 bytes after the name
+    at = data.index(b"tkhd") + 4 + 40  # version 0: the matrix starts 40 bytes after the name
     one = 1 << 16
     a, b, c, d = {90: (0, one, -one, 0), 180: (-one, 0, 0, -one), 270: (0, -one, one, 0)}[degrees]
     matrix = [a, b, 0, c, d, 0, 0, 0, 1 << 30]
@@ -129,7 +133,8 @@ def test_pixels_that_are_not_square(tmp_path):
             frame.pts = k
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
-    assert [(f.image.shape, number(f.image)) for f in video.frames(path)] == [((64, 192, 3), 5 + k) for k in range(3)]
+    assert [(f.image.shape, number(f.image)) for f in video.frames(path)] == [((64, 192, 3), 5 + k)
+                                                                              for k in range(3)]
     assert next(video.frames(path, max_side=48)).image.shape == (16, 48, 3)
     assert video.pixel_aspect(tmp_path / "nothing.mp4") == 1
 
@@ -190,7 +195,8 @@ def test_extract_writes_each_source_frame_once_and_goes_on(tmp_path, clip):
     assert [r["index"] for r in rows] == list(range(len(rows)))
     assert {r["file"] for r in rows} == {p.name for p in files} and len(files) < len(rows)
     for row in rows[::7]:
-        assert number(np.asarray(Image.open(folder / row["file"]))) == number(list(video.frames(clip[0]))[row["index"]].image)
+        shown = list(video.frames(clip[0]))[row["index"]].image
+        assert number(np.asarray(Image.open(folder / row["file"]))) == number(shown)
     before = {p.name: p.stat().st_mtime_ns for p in files}
     (folder / "frames.jsonl").rename(folder / "frames.part.jsonl")
     files[3].unlink()
@@ -226,15 +232,18 @@ def test_half_of_the_frames_of_another_step_are_not_taken_for_this_one_s(tmp_pat
 
 
 def test_memory_does_not_grow_with_the_length(tmp_path):
-    """600 frames of 640 x 480 would be 0.55 GB in memory. (ru_maxrss would be this process's own: a child inherits it.)"""
+    """600 frames of 640 x 480 would be 0.55 GB in memory. (ru_maxrss would be this process's own: a child
+    inherits it.)"""
     if not Path("/proc/self/status").exists():
         pytest.skip("reads the peak memory from /proc (Linux)")
     code = ("import re\nfrom lib import video\n"
             f"n = sum(1 for _ in video.frames(r'{tmp_path / 'long.mp4'}', 0.1))\n"
             "print(n, int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1e3)")
     image = np.zeros((480, 640, 3), np.uint8)
-    video.write(tmp_path / "long.mp4", [image] * 600, [k / 10 for k in range(600)], options={"preset": "ultrafast"})
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=setup.root(), check=True)
+    video.write(tmp_path / "long.mp4", [image] * 600, [k / 10 for k in range(600)],
+                options={"preset": "ultrafast"})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=setup.root(),
+                          check=True)
     count, megabytes = map(float, done.stdout.split())
     assert count == 600 and megabytes < 350
 
@@ -261,9 +270,11 @@ def test_the_sample_s_exact_depth(tmp_path):
     from PIL import Image
     scene = scenes.sample(scenes.EXAMPLE)
     for path, z, share in zip(frames, depths, (0, 30 / 59)):
-        camera = replace(scene.camera, **video._path(scene.camera, share))       # of `walk`, which drew the film
-        drawn = 255 * scenes.render(replace(scene, camera=camera), z.shape, samples=1).rgb[0].permute(1, 2, 0).numpy()
-        assert np.abs(np.asarray(Image.open(path)) - drawn).mean() < 6           # H.264 and fewer samples, nothing else
+        camera = replace(scene.camera, **video._path(scene.camera, share))  # of `walk`, which drew the film
+        drawn = 255 * scenes.render(replace(scene, camera=camera), z.shape,
+                                    samples=1).rgb[0].permute(1, 2, 0).numpy()
+        # H.264 and fewer samples, nothing else
+        assert np.abs(np.asarray(Image.open(path)) - drawn).mean() < 6
     items, others = jobs.list_inputs(folder, folder)
     assert others == 0 and all(Path(item["depth"]).suffix == ".npy" for item in items)
     assert jobs.list_inputs(folder)[1] == 2                       # without --depth they are named as left out
