@@ -356,7 +356,7 @@ def suggest(depth, method="otsu", n=1):
     if method not in ("otsu", "quantile", "valley"):
         raise ValueError(f"Unknown method {method!r}; choose otsu, quantile or valley.")
     depth = as_depth_map(depth)
-    z = depth.values[depth.valid > 0.5].double().cpu().numpy()
+    z = depth.values[depth.valid > 0.5].cpu().double().numpy()
     low, high = (z.min(), z.max()) if z.size else (0.0, 0.0)
     _check_constant(low, high)
     if n < 1 or n > 4 or (method == "valley" and n > 1):

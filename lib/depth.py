@@ -110,7 +110,7 @@ class DepthMap:
 
     def statistics(self) -> dict:
         """For a report: kind, range, share measured, percentiles and histogram of the measured pixels."""
-        measured = self.values[self.valid > 0.5].double().cpu().numpy()
+        measured = self.values[self.valid > 0.5].cpu().double().numpy()
         names = ("p02", "p25", "median", "p75", "p98")
         marks = dict(zip(names, np.percentile(measured, [2, 25, 50, 75, 98])))
         out = {"kind": self.kind, "source": self.source, "height": self.size[0], "width": self.size[1],
@@ -210,7 +210,7 @@ def _ranges(x, ok, percentiles) -> tuple[torch.Tensor, torch.Tensor]:
     """Two percentiles of the valid pixels of each image, as (B, 1, 1, 1); errors on flat depth."""
     pairs = []
     for image, mask in zip(x, ok):
-        numbers = image[mask].double().cpu().numpy()
+        numbers = image[mask].cpu().double().numpy()
         if numbers.size == 0:
             raise ValueError("The depth map has no measured pixel; give another one, or leave it out.")
         low, high = np.percentile(numbers, percentiles)

@@ -370,7 +370,10 @@ def _foot_of(floor, found, d, notes):
 
 
 def _best_column(photo, d, foot, height, cutout, floor) -> float:
-    """The column where the object stands on floor, runs into nothing, and is mostly but not wholly seen."""
+    """The column where the object stands on floor, runs into nothing, and is mostly but not wholly seen.
+
+    Its weights are a taste, not a measurement; WHERE overrules them.
+    """
     side = 192 / max(photo.depth.size)
     found = photo.depth.resize([max(8, round(s * side)) for s in photo.depth.size])
     h, w = found.size

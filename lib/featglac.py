@@ -927,8 +927,8 @@ def poisson(background, foreground, occluder) -> torch.Tensor:
     from scipy.sparse import coo_matrix
     from scipy.sparse.linalg import spsolve
 
-    below = background[0].permute(1, 2, 0).double().cpu().numpy()
-    above = foreground[0, :3].permute(1, 2, 0).double().cpu().numpy()
+    below = background[0].permute(1, 2, 0).cpu().double().numpy()
+    above = foreground[0, :3].permute(1, 2, 0).cpu().double().numpy()
     alpha, front = (x[0, 0].cpu().numpy() for x in (foreground[:, 3:], occluder))
     inside = (alpha >= 0.5) & (front < 0.5)
     if not inside.any():
