@@ -970,6 +970,27 @@ def test_cards_are_shared_out(monkeypatch):
     assert engines.on_card("1") == {"CUDA_VISIBLE_DEVICES": "1"}
 
 
+@pytest.mark.parametrize("workers, each", [(0, 1), (4, 2)])
+def test_every_card_gets_its_workers(tmp_path, source, monkeypatch, workers, each):
+    """Two cards that nvidia-smi lists (they are not there, and a tint needs none): who sees which."""
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho '0, GPU-aa, Tesla T4, 15360'\necho '1, GPU-bb, Tesla T4, 15360'\n")
+    tool.chmod(0o755)
+    (tmp_path / "seen.py").write_text(
+        "import os, time\nfrom lib.processors import Tint\nclass Seen(Tint):\n    batch = 1\n"
+        "    def __init__(self, settings, device):\n        super().__init__(settings, device)\n"
+        "        place = os.environ['CUDA_VISIBLE_DEVICES'], device, os.environ['CUDA_DEVICE_ORDER']\n"
+        f"        open({str(tmp_path / 'seen')!r}, 'a').write(' '.join(place) + chr(10))\n")
+    monkeypatch.setitem(ENV, "PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delitem(ENV, "CUDA_VISIBLE_DEVICES", raising=False)
+    done = cli("run", tmp_path / "job", "--input", source, "--process", f"{tmp_path / 'seen.py'}:Seen", "--quiet",
+               "--workers", workers)
+    assert done.returncode == 0, done.stderr
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert sorted(seen) == ["0 cuda PCI_BUS_ID"] * each + ["1 cuda PCI_BUS_ID"] * each
+
+
 def test_bare_workers_as_in_a_slurm_array(tmp_path):
     job = slow_job(tmp_path, 30, 0.0)
     crew = [subprocess.Popen([sys.executable, "-m", "lib.batch", "worker", str(job.folder), "--index", str(i),
