@@ -205,9 +205,9 @@ def ray(job, plan, progress, stopped) -> int:
     """One Ray task a shard, on one machine or on the cluster at plan.address (FOLDER must be shared storage
     there).
 
-    Ray's own retries are off: a task whose node died is handed out again here, with the right to take the dead
-    worker's claim at once. A shard that runs twice is harmless. On GPUs Ray ends a process after each task, so
-    that the card's memory is free again: the model is loaded once a shard there, little for a large shard.
+    Ray's own retries are off: a task whose node died is handed out again here, with the right to take the
+    dead worker's claim at once. A shard that runs twice is harmless. On GPUs Ray ends a process after each
+    task, so that the card's memory is free again: the model is loaded once a shard there.
     """
     import ray as cluster
     root = str(Path(__file__).resolve().parent.parent)

@@ -984,8 +984,8 @@ def test_every_card_gets_its_workers(tmp_path, source, monkeypatch, workers, eac
         f"        open({str(tmp_path / 'seen')!r}, 'a').write(' '.join(place) + chr(10))\n")
     monkeypatch.setitem(ENV, "PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delitem(ENV, "CUDA_VISIBLE_DEVICES", raising=False)
-    done = cli("run", tmp_path / "job", "--input", source, "--process", f"{tmp_path / 'seen.py'}:Seen", "--quiet",
-               "--workers", workers)
+    spec = f"{tmp_path / 'seen.py'}:Seen"
+    done = cli("run", tmp_path / "job", "--input", source, "--process", spec, "--quiet", "--workers", workers)
     assert done.returncode == 0, done.stderr
     seen = (tmp_path / "seen").read_text().splitlines()
     assert sorted(seen) == ["0 cuda PCI_BUS_ID"] * each + ["1 cuda PCI_BUS_ID"] * each
