@@ -130,6 +130,14 @@ def test_other_rooms_have_these_lines_too():
         run_cells("units-column", "units-planes", ROOM=20000100 + k)
 
 
+@pytest.mark.parametrize("bad", [{"ROOM": 5}, {"FIRST": 5}, {"ROOMS": 1}])
+def test_wrong_parameters_are_refused_before_anything_is_loaded(bad):
+    from types import SimpleNamespace
+    asked = SimpleNamespace(configure=lambda *given: SimpleNamespace(smoke=True))
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        exec(CODE["configure"], {**setup.notebook_parameters(PATH), **bad, "setup": asked})
+
+
 def test_the_trap_selects_the_background_and_the_order_tells(told, room, capsys):
     space = run_cells("trap-raw", "trap-cut", "trap-order", world=room[1], estimator=FakeEstimator(room[1].depth))
     said = capsys.readouterr().out

@@ -242,6 +242,8 @@ def test_the_depth_maps_light_is_told_the_truth_step_by_step(tiny_pipe):
     assert error(last) < error(first) < error(c.paste) and 0 <= degrees <= 180
     scene = scenes.insertion_case(c.seed)["scene"]
     known = draw.toward(scene.sun, scene.camera)
+    off, chance = draw.believed(known, scene.sun, scene.camera)
+    assert off < 0.1 and chance == 1 and draw.believed(known, scene.sun, scene.camera, within=-1.0)[1] == 0
     assert known.directions.norm() == pytest.approx(1, abs=1e-5) and abs(known.azimuth - scene.sun.azimuth) < 25
 
 
