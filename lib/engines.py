@@ -382,17 +382,19 @@ class Progress:
         with contextlib.suppress(FileNotFoundError):
             for entry in os.scandir(self.job.folder / "manifest"):
                 with contextlib.suppress(OSError, ValueError, KeyError):  # half-written, or swept meanwhile
-                    self._look(entry)
+                    self._look(entry, first)
         self.samples.append((self.seen, self.rows()))
         if not first:
             self._show()
         return self.rows()
 
-    def _look(self, entry):
+    def _look(self, entry, first):
         shard = entry.name.split(".")[0]
         if entry.name.endswith(".done.json"):
             if shard not in self.done:
                 self.done[shard] = json.loads(Path(entry.path).read_bytes())["count"]
+                if not first and shard not in self.open:          # begun and done since the last look
+                    self.made.update(row.get("worker") for row in self.job.shard(int(shard)).final_rows())
                 self.open.pop(shard, None)
         elif entry.name.endswith(".jsonl") and shard not in self.done:
             key = entry.name.replace(".closed.", ".")

@@ -1035,6 +1035,15 @@ def test_status_in_words_and_in_json(tmp_path, source):
     assert done.returncode == batch.BROKEN and "1 outputs are missing or damaged: im000.png" in done.stdout
 
 
+def test_progress_knows_who_made_what(tmp_path, source):
+    """Also in a shard that was begun and done between two looks."""
+    job = new(tmp_path, source)
+    progress = engines.Progress(job, quiet=True)
+    batch.work(job)
+    progress.close()
+    assert dict(progress.made) == {f"{jobs.socket.gethostname()}-{os.getpid()}": 20}
+
+
 def test_progress_counts_as_the_rows_do(tmp_path, source):
     job = new(tmp_path, source)
     stop_after(job, 11)
@@ -1044,7 +1053,7 @@ def test_progress_counts_as_the_rows_do(tmp_path, source):
     batch.work(job)
     progress = engines.Progress(job, quiet=True)
     progress.close()
-    assert progress.rows() == 20
+    assert progress.rows() == 20 and not progress.made     # of earlier runs
     assert json.loads((job.folder / "status.json").read_text())["done"] == 20
 
 
