@@ -409,7 +409,8 @@ class Progress:
                     if row["status"] != "start":
                         now = (row["attempt"], row["status"] in FINAL)
                         best[row["id"]] = max(best.get(row["id"], now), now)
-                        self.made[row.get("worker")] += bool(row.get("seconds"))  # not what it gave up unseen
+                        if row.get("seconds") and not first:      # not what it gave up unseen
+                            self.made[row.get("worker")] += 1
 
     def rate(self) -> float:
         """Images a second over the last two minutes."""
