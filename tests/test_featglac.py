@@ -359,7 +359,7 @@ def test_painting_is_paid_for_and_obeys_the_settings(make_pipe, scene):
     )
     by_word, by_settings = make(steps=3), make(settings=featglac.Settings(steps=3))
     assert torch.equal(by_word.image, by_settings.image) and by_word.passes == by_settings.passes == 2 * 3
-    assert by_word.mechanism == "inpaint" and by_word.seconds > 0.01  # putting the occluder back takes a millisecond
+    assert by_word.mechanism == "inpaint" and by_word.seconds > 0.01  # the paste alone: a millisecond
     with pytest.raises(ValueError, match="wholly hidden"):
         featglac.paint_object(pipe, scene[0], torch.ones_like(where), where, "a red box", steps=3)
 
@@ -367,8 +367,11 @@ def test_painting_is_paid_for_and_obeys_the_settings(make_pipe, scene):
 def test_a_background_filled_by_a_model_follows_the_seed(make_pipe):
     a, b = torch.rand(1, 3, 128, 128, generator=gen(1)), torch.rand(1, 3, 128, 128, generator=gen(2))
     pipe = make_pipe()
-    made = [featglac.compose(pipe, a, ramp_depth(), b, ramp_depth(), 0.4, "a room", "alpha", fill=pipe, steps=3,
-                             generator=gen(seed)) for seed in (0, 0, 1)]
+    made = [
+        featglac.compose(pipe, a, ramp_depth(), b, ramp_depth(), 0.4, "a room", "alpha", fill=pipe, steps=3,
+                         generator=gen(seed))
+        for seed in (0, 0, 1)
+    ]
     assert torch.equal(made[0].image, made[1].image) and made[0].passes == 2 * 3
     assert not torch.equal(made[0].layers["background"], made[2].layers["background"])
 
@@ -400,8 +403,9 @@ def test_compose_puts_the_near_of_a_before_the_far_of_b(tiny_pipe):
     near = deglad.nearer(ramp_depth(), 0.4).expand(-1, 3, -1, -1) > 0
     far = ~(featglac.F.max_pool2d(near.float(), 5, 1, 2) > 0)  # deglad fills a pixel more than the near layer
     assert torch.equal(result.image[near], a[near]) and torch.equal(result.image[far], b[far])
-    values = ramp_depth().values  # a plain tensor will do
-    assert torch.equal(featglac.compose(tiny_pipe, a, values, b, values, 0.4, "a room", "alpha").image, result.image)
+    z = ramp_depth().values  # a plain tensor will do
+    same = featglac.compose(tiny_pipe, a, z, b, z, 0.4, "a room", "alpha")
+    assert torch.equal(same.image, result.image)
     full = featglac.compose(tiny_pipe, a, ramp_depth(), b, ramp_depth(), 0.4, "a room", steps=STEPS, soft=1.0)
     assert full.passes > 0 and torch.isfinite(full.image).all()
 
