@@ -283,7 +283,8 @@ def find(space: Space, change=None, weight=None, most: int = 6, temperature: flo
     if change is not None:
         where = _mean_side(weight, SEARCH)
         share = _blur(where).clamp(min=0.05)
-        thrown = _thrown(space, to_light, SEARCH, own=own if space.receiver is space.metres else None)
+        same = torch.equal(space.receiver, space.metres)
+        thrown = _thrown(space, to_light, SEARCH, own=own if same else None)
         thrown = _blur(thrown * where) / share
         nats = nats + HEARSAY * explained(_blur(_mean_side(change, SEARCH) * where) / share, thrown, where)
     return _likeliest(nats, angles, to_light, most, temperature)
@@ -366,7 +367,8 @@ def _thrown(space, to_light, side, steps=28, own=None):
     facing = (normals(p) * to_light[:, :, None, None]).sum(1, keepdim=True) > 0.05
     if own is None:
         own = _own(space, p, to_light, _to_side(space.metres, side), steps)
-    lit = 1 if space.caster is space.metres else 1 - own  # else a picture's own shadows would hide themselves
+    itself = torch.equal(space.caster, space.metres)  # a picture's own shadows do not hide themselves
+    lit = 1 if itself else 1 - own
     return lit * facing * shadows(p, space.caster, space.opaque, to_light, space.fov, space.thick(),
                                   space.centre, steps, out_again=space.enclosed)
 

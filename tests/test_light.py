@@ -194,6 +194,15 @@ def test_old_shadows_of_a_layer_go_and_are_not_thrown_twice():
     assert kept.abs().mean() < 0.6 * alone.abs().mean()
 
 
+def test_a_copy_of_the_depth_is_the_same_depth():
+    """A picture's own shadows are known by their values, not by which tensor object holds them."""
+    scene, made = room(4)
+    z, box = made.depth[:1], dict(fov=scene.camera.fov, thickness=light.THING, enclosed=True)
+    one, other = (light.Space(made.rgb[:1], z, x, x, torch.ones_like(z), **box) for x in (z, z.clone()))
+    sun = light.find(one)
+    assert light.cast(one, sun).max() > 0.3 and torch.equal(light.cast(one, sun), light.cast(other, sun))
+
+
 def test_usual_shadows_are_what_ambient_light_leaves():
     sun = math.sin(math.radians(26))
     assert abs(math.log((sun + light.AMBIENT) / light.AMBIENT) / 2.2 - light.USUAL) < 0.01
