@@ -252,15 +252,18 @@ def random_pipeline(folder: Path, like="sd15") -> Path:
     """A Stable Diffusion pipeline folder with random weights: as large as SD 1.5, or "tiny", for tests. Time
     and memory are those of real weights; the pictures are noise."""
     import torch
-    from lib import train
+
+    from lib import models, train
     if like == "tiny":
         pipe = train.tiny_pipeline()
     else:
         tokenizer = train.make_tokenizer()
         unet, vae = _sd15_shapes()
         pipe = train._pipeline(vae, train.make_text(tokenizer, 768, 12), tokenizer, unet, False)
-        pipe.unet.to(torch.float16), pipe.vae.to(torch.float16)
-    pipe.save_pretrained(folder, safe_serialization=True)
+        for part in (pipe.unet, pipe.vae):
+            models._cast(part, "cpu", torch.float16)
+    with models._no_bars():
+        pipe.save_pretrained(folder, safe_serialization=True)
     return folder
 
 
