@@ -169,8 +169,8 @@ def attention_map(bank, layer, t, query=None, key=None) -> torch.Tensor:
     is 1). Raises ValueError when the bank holds no weights, or unless exactly one of query and key is given.
     """
     if (query is None) == (key is None):
-        raise ValueError("Give either query= (where does this place look?) or key= (which places look at "
-                         "it?).")
+        raise ValueError("Give either query= (where does this place "
+                         "look?) or key= (which places look at it?).")
     parts = bank.at(t, layer.name)
     if "w" not in parts:
         raise ValueError(f'The bank holds only {sorted(parts)}; record with what="w" to see the weights.')
@@ -210,8 +210,8 @@ class TapProcessor:
                 f"{self.name} got text features: the tap belongs on self-attention (attn1) only."
             )
         if self.cross and encoder_hidden_states is None:
-            raise RuntimeError(f"{self.name} got no text features: this tap belongs on cross-attention "
-                               "(attn2).")
+            raise RuntimeError(f"{self.name} got no text features: "
+                               "this tap belongs on cross-attention (attn2).")
         self.calls += 1
         x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
         grid = x.shape
@@ -374,8 +374,8 @@ class _Shares:
         known = {layer.fraction for layer in layers(unet)}
         each = strength if isinstance(strength, dict) else dict.fromkeys(known, strength)
         if set(each) - known:
-            raise ValueError(f"strength names {sorted(each)}; this U-Net works at the fractions "
-                             f"{sorted(known)}.")
+            raise ValueError(f"strength names {sorted(each)}; this "
+                             f"U-Net works at the fractions {sorted(known)}.")
         if any(not 0 <= s <= 1 for s in each.values()):
             raise ValueError(f"strength must lie in [0, 1], not {strength}.")
         self.layers, self.strength = {layer.name: layer for layer in chosen}, each
@@ -399,8 +399,8 @@ def _sources(source, t, name, k, v) -> tuple:
     """Keys and values (S, N, C) of the pictures that lead: the call's first, or the bank's at this time."""
     if isinstance(source, int):
         if len(k) <= source:
-            raise ValueError(f"The U-Net call holds {len(k)} pictures, {source} of them sources: none is "
-                             "left.")
+            raise ValueError(f"The U-Net call holds {len(k)} "
+                             f"pictures, {source} of them sources: none is left.")
         return k[:source], v[:source]
     kept = source.at(t, name)
     if "k" not in kept or "v" not in kept:
@@ -510,8 +510,7 @@ def steer(unet, source, rule, layers="all", window=(0.0, 1.0)):
         if len(x) not in (1, len(k)) or x.shape[1:] != k.shape[1:]:
             raise ValueError(
                 f"{name}: recorded {tuple(x.shape)}, but the generation has {tuple(k.shape)}: record one "
-                "picture, "
-                "or as many as are generated, at the same size."
+                "picture, or as many as are generated, at the same size."
             )
         return x.to(k).expand_as(k)
 
@@ -584,8 +583,8 @@ def hooked(unet, names, hook, clock, what):
             if count != clock.calls:
                 raise RuntimeError(f"{what}: {name} fired {count} times in {clock.calls} U-Net calls.")
         if not clock.active_calls:
-            raise RuntimeError(f"{what} never applied: {clock.calls} U-Net calls, none of them inside the "
-                               "window.")
+            raise RuntimeError(f"{what} never applied: {clock.calls} "
+                               "U-Net calls, none of them inside the window.")
     finally:
         for handle in handles:
             handle.remove()
@@ -622,9 +621,8 @@ def inject_features(unet, bank, window=(0.0, 1.0)):
         kept = bank.at(clock.t, name)["out"]
         if len(kept) not in (1, len(output)) or kept.shape[1:] != output.shape[1:]:
             raise ValueError(
-                f"{name}: recorded {tuple(kept.shape)}, but the generation has {tuple(output.shape)}: "
-                "record one "
-                "picture, or as many as are generated, at the same size."
+                f"{name}: recorded {tuple(kept.shape)}, but the generation has {tuple(output.shape)}: record "
+                "one picture, or as many as are generated, at the same size."
             )
         return kept.to(output).expand_as(output)
 

@@ -102,8 +102,8 @@ def fill_background(cut: Layers, method="telea", grow=None, clean=True, **option
         grow = 0 if ((cut.mask > 0) & (cut.mask < 1)).any() else 1
     hole = dilate((cut.mask > 0).float(), grow)
     if (hole.amin(dim=(1, 2, 3)) == 1).any():
-        raise ValueError("the hole covers the whole picture: nothing is left to fill from; use a smaller d "
-                         "or a smaller grow.")
+        raise ValueError("the hole covers the whole picture: nothing is left to fill "
+                         "from; use a smaller d or a smaller grow.")
     filled = image.clone()
     some = hole.amax(dim=(1, 2, 3)) > 0                  # all of them, unless allow_empty let others through
     if some.any():
@@ -168,8 +168,8 @@ def layers(image, depth, ats, soft=0.0, fill=None, **fill_options) -> list[torch
         hard = nearer(depth, d)
         _check_split(hard, depth, d)
         if (hard == last).flatten(1).all(1).any():
-            raise ValueError(f"no surface lies between two of the thresholds {ats}: one layer would be "
-                             "empty.")
+            raise ValueError("no surface lies between two of the "
+                             f"thresholds {ats}: one layer would be empty.")
         cover.append(torch.maximum(cover[-1], soft_edges(image, depth, d, soft) if soft else hard))
         last = hard
     cover.append(torch.ones_like(depth.values))
@@ -396,8 +396,8 @@ def _valley(count):
     left, right = np.maximum.accumulate(h), np.maximum.accumulate(h[::-1])[::-1]
     gap = np.minimum(left, right) - h
     if gap.max() < 0.05 * h.max():
-        raise ValueError("the histogram of depth has one peak only, so there is no valley; use otsu or "
-                         "quantile.")
+        raise ValueError("the histogram of depth has one peak only, so "
+                         "there is no valley; use otsu or quantile.")
     low = np.flatnonzero(gap >= gap.max() - 1e-9 * h.max())
     return [int(low[len(low) // 2])]      # the middle of an empty gap
 
@@ -456,8 +456,8 @@ def as_depth_map(depth) -> DepthMap:
         return depth
     if not torch.is_tensor(depth) or depth.dim() != 4 or depth.shape[1] != 1:
         shape = tuple(depth.shape) if hasattr(depth, "shape") else type(depth).__name__
-        raise ValueError(f"depth must be a DepthMap, or a tensor (B, 1, H, W) in [0, 1] with 0 = near; got "
-                         f"{shape}.")
+        raise ValueError("depth must be a DepthMap, or a tensor (B, 1, H, "
+                         f"W) in [0, 1] with 0 = near; got {shape}.")
     valid = torch.isfinite(depth)
     values = torch.where(valid, depth, torch.ones_like(depth)).float()
     if not valid.flatten(1).any(1).all():
@@ -465,8 +465,8 @@ def as_depth_map(depth) -> DepthMap:
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > 1:
         raise ValueError(f"depth must lie in [0, 1], 0 = near; this spans {low:.3g}..{high:.3g}. Metres "
-                         "become a "
-                         "DepthMap by lib.depth.from_metric, inverse depth by lib.depth.from_inverse.")
+                         "become a DepthMap by lib.depth.from_metric, "
+                         "inverse depth by lib.depth.from_inverse.")
     return DepthMap(values, "relative", 0.0, 1.0, valid.float(), "tensor")
 
 
@@ -486,8 +486,7 @@ def _check_pair(image, depth):
     if image.shape[-2:] != depth.values.shape[-2:]:
         (h, w), (a, b) = image.shape[-2:], depth.size
         raise ValueError(f"the depth is {a}x{b} but the image is {h}x{w} (height x width): use the depth of "
-                         "this "
-                         "picture, brought to its size by DepthMap.resize.")
+                         "this picture, brought to its size by DepthMap.resize.")
     if len(image) != len(depth.values):
         raise ValueError(f"{len(depth.values)} depth maps do not fit {len(image)} images.")
 
@@ -495,8 +494,7 @@ def _check_pair(image, depth):
 def _check_constant(low, high):
     if not high - low > 1e-6:
         raise ValueError(f"the depth is one value everywhere ({low:.3g}), so no threshold can split the "
-                         "picture; "
-                         "give a depth map of this picture, or estimate depth.")
+                         "picture; give a depth map of this picture, or estimate depth.")
 
 
 def _check_split(mask, depth, d):

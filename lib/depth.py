@@ -377,8 +377,7 @@ def given(source, kind: str | None = None, near_is: str | None = None, size: tup
     shape = tuple(array.shape[-2:]) if array.ndim == 4 or array.shape[-1] != 1 else array.shape[:2]
     if size is not None and shape != tuple(size):
         raise ValueError(f"The depth is {shape[1]} x {shape[0]} pixels but the picture {size[1]} x "
-                         f"{size[0]}; "
-                         f"give a depth map that fits the picture pixel for pixel.")
+                         f"{size[0]}; give a depth map that fits the picture pixel for pixel.")
     found = _from_array(array, kind, near_is, trim, name)
     return fill_holes(found) if fill else found
 
@@ -565,8 +564,8 @@ def metres_from(found: DepthMap, truth, valid=None, farthest: float = 100.0) -> 
     if found.kind == "metric":
         return found.metres()
     if found.kind != "inverse-relative":
-        raise ValueError("Only inverse-relative maps can be aligned: a picture of depth may have any curve "
-                         "in it.")
+        raise ValueError("Only inverse-relative maps can be aligned: a "
+                         "picture of depth may have any curve in it.")
     t = _as_4d(truth)
     ok = (torch.isfinite(t) & (t > 0)).float() * found.valid * (1 if valid is None else _as_4d(valid))
     raw = found.near + found.values * (found.far - found.near)

@@ -60,8 +60,8 @@ def read_photo(image, depth_file="", near_is="", depth_model="mini", device="cpu
     full = show.read_image(image)
     size = tuple(full.shape[-2:])
     if min(size) < 32:
-        raise ValueError(f"The picture is {size[1]} x {size[0]} pixels, too small to edit; give at least 32 "
-                         "x 32.")
+        raise ValueError(f"The picture is {size[1]} x {size[0]} pixels, "
+                         "too small to edit; give at least 32 x 32.")
     small, warning = _shrink(full, WORK_SIDE), {}
     if str(depth_file):
         found = depth.given(depth_file, near_is=near_is or None, size=size, trim=2.0).resize(small.shape[-2:])
@@ -70,12 +70,11 @@ def read_photo(image, depth_file="", near_is="", depth_model="mini", device="cpu
         found = models.load_depth(depth_model, device)(small.to(device)).to("cpu")
         where = f"estimated from the picture by the depth model '{depth_model}'"
         if depth_model in ("mini", "mini-depth"):
-            warning = {"read this first": "the depth is a guess by a model that was trained on the "
-                                          "Miniature only: "
+            warning = {"read this first": "the depth is a guess by a model "
+                                          "that was trained on the Miniature only: "
                        "of a photograph it knows neither the things nor the metres, so this edit shows the "
-                       "steps, "
-                       "not what they can do. Give DEPTH, or DEPTH_MODEL=depth-anything-v2-metric (fetched "
-                       "once)"}
+                       "steps, not what they can do. Give DEPTH, or "
+                       "DEPTH_MODEL=depth-anything-v2-metric (fetched once)"}
     focal, said = _focal(image, full)
     origin = {"photograph": Path(image).name, "depth": where, "focal length": said} | warning
     return Photo(full, small, found, focal, Path(image).name, origin)
@@ -128,8 +127,7 @@ def read_cutout(insert, model="mini", seed=0, device="cpu") -> tuple[torch.Tenso
         rgba = featglac.check_rgba(show.read_image(path, mode="rgba"), path.name)
         if rgba[:, 3].min() > 0.5:
             raise ValueError(f"{path.name} has no transparent pixel, so it is a picture and not a cut-out; "
-                             "give an "
-                             f"RGBA PNG whose background is transparent.")
+                             "give an RGBA PNG whose background is transparent.")
         return _trim(rgba), "cut-out", f"the cut-out file {path.name}, in the light it was photographed in"
     words = words_of(insert)
     if not Path(model).name.startswith("mini"):
@@ -150,10 +148,9 @@ def words_of(insert) -> str:
 def _words(words) -> tuple[str, str]:
     found = [[w for w in words.split() if w in known] for known in (scenes.KINDS, scenes.COLOURS)]
     if not all(found):
-        raise ValueError(f"INSERT='{words}' is neither a file nor words the mini knows; write a colour and "
-                         "a thing, "
-                         f"such as 'red chair' (colours: {', '.join(scenes.COLOURS)}; things: "
-                         f"{', '.join(scenes.KINDS)}).")
+        raise ValueError(f"INSERT='{words}' is neither a file nor words the mini knows; write a colour and a "
+                         "thing, such as 'red chair' (colours: "
+                         f"{', '.join(scenes.COLOURS)}; things: {', '.join(scenes.KINDS)}).")
     return found[0][0], found[1][0]
 
 
@@ -182,8 +179,7 @@ def _drawn(kind, colour, seed, device, tries=8):
     alpha = _largest_piece(mine[best:best + 1])
     if score[best] < 60 or alpha.sum() < 60:
         raise ValueError(f"The mini drew no whole {name} in {tries} tries; choose another SEED or other "
-                         "words, or "
-                         f"give a cut-out file.")
+                         "words, or give a cut-out file.")
     layer = torch.cat([drawn[best:best + 1], alpha], 1)
     big = F.interpolate(layer, scale_factor=3, mode="bicubic").clamp(0, 1)
     alpha = ((F.avg_pool2d(big[:, 3:], 5, 1, 2) - 0.5) * 3 + 0.5).clamp(0, 1)  # smooth, and a pixel soft
@@ -317,8 +313,8 @@ def stand(photo: Photo, at, cutout, kind="cut-out", where="auto", height="auto")
     if y > 1:
         notes.append("the floor at this depth is below the picture's edge, so the object's foot is cut off")
     if not 0 < y - 0.5 * size < 1:
-        raise ValueError(f"At AT={at} the object would stand outside the picture; choose another AT, or "
-                         "WHERE='x,y'.")
+        raise ValueError(f"At AT={at} the object would stand outside the "
+                         "picture; choose another AT, or WHERE='x,y'.")
     return Place(x, y, size, d, metres, floor, tuple(notes))
 
 
@@ -332,8 +328,7 @@ def _where(where):
             raise ValueError
     except ValueError:
         raise ValueError(f"WHERE='{where}' is not a place; write 'auto', a column such as '0.4', or a foot "
-                         "such "
-                         f"as '0.4,0.8', each from 0 to 1.") from None
+                         "such as '0.4,0.8', each from 0 to 1.") from None
     return numbers[0], numbers[1] if len(numbers) == 2 else None
 
 
@@ -350,13 +345,13 @@ def _height(photo, d, metres, height, kind, notes) -> float:
     with contextlib.suppress(ValueError):
         number, real = depth.parse_at(text)
     if number <= 0 or (not real and number > 2):
-        raise ValueError(f"HEIGHT={height} is no height; write metres (0.9m), or a part of the picture "
-                         "(0.3).")
+        raise ValueError(f"HEIGHT={height} is no height; write "
+                         "metres (0.9m), or a part of the picture (0.3).")
     if not real:
         return number
     if metres is None:
-        raise ValueError(f"HEIGHT={height} needs metric depth; this is {photo.depth.kind}: give a part such "
-                         "as 0.3.")
+        raise ValueError(f"HEIGHT={height} needs metric depth; this is "
+                         f"{photo.depth.kind}: give a part such as 0.3.")
     return photo.focal * ratio * number / metres
 
 
@@ -486,10 +481,10 @@ def composites(photo: Photo, place: Place, cutout, origin="") -> Shot:
     alpha = layer[:, 3:]
     seen = alpha * (1 - hidden_by)
     if seen.max() < 0.5:
-        raise ValueError("At this place the object is wholly hidden by what is nearer; choose a smaller AT, "
-                         "or WHERE.")
+        raise ValueError("At this place the object is wholly hidden by what "
+                         "is nearer; choose a smaller AT, or WHERE.")
     share = round(float(seen.sum() / alpha.sum()), 3)
-    facts = {"object": {"from": origin, "height_px": round(place.height * size[0]), 
+    facts = {"object": {"from": origin, "height_px": round(place.height * size[0]),
                         "foot": [place.x, place.y], "visible_share": share, "painted": cutout is None},
              "layers": deglad.statistics(cut, photo.depth)}
     return Shot(photo, place, cut, layer, hidden_by, featglac.over(layer[:, :3], alpha, photo.image),
@@ -649,8 +644,8 @@ def _resize(x, size):
 def _model_facts(edit, pipe, size, where) -> dict:
     change, sun = edit.image - edit.composite, edit.light
     found = sun and {"azimuth": sun.azimuth, "elevation": sun.elevation, "evidence": round(sun.evidence, 1)}
-    return {"light": found, "mechanism": edit.mechanism, "from": getattr(pipe, "loaded_from", "a pipeline "
-                                                                                              "in memory"),
+    origin = getattr(pipe, "loaded_from", "a pipeline in memory")
+    return {"light": found, "mechanism": edit.mechanism, "from": origin,
             "window": {"top": where[0], "left": where[1], "side": where[2]}, "model_size": size,
             "unet_passes": edit.passes, "seconds": round(edit.seconds, 2),
             "mean_change": round(float(change.abs().mean()), 5),
@@ -684,8 +679,8 @@ def whole_folder(output):
 def _check_output(output: Path):
     earlier = output.is_dir() and (not any(output.iterdir()) or (output / "report.md").is_file())
     if output.exists() and not earlier:
-        raise ValueError(f"OUTPUT={output} exists and is not the output of an earlier edit; give a new "
-                         "folder name.")
+        raise ValueError(f"OUTPUT={output} exists and is not the output of "
+                         "an earlier edit; give a new folder name.")
 
 
 def save(shot: Shot, output, settings: dict | None = None) -> Path:
@@ -769,14 +764,13 @@ def report_text(shot: Shot, facts: dict) -> str:
              "| 2-D paste, depth-aware paste | computed from these; no model |",
              f"| finished picture | {_model_words(model)} |", f"| its light | {_light_words(model)} |", "",
              "## Numbers", "", "| | |", "|---|---|",
-             f"| depth | {stats['kind']}, {span}, {100 * stats['measured_share']:.1f} % of the pixels "
-             "measured |",
+             f"| depth | {stats['kind']}, {span}, "
+             f"{100 * stats['measured_share']:.1f} % of the pixels measured |",
              f"| nearer than AT | {100 * facts['layers']['fg_share']:.1f} % of the picture |",
              f"| object | {facts['object']['height_px']} pixels high, foot at ({place['x']:.2f}, "
              f"{place['y']:.2f}), {100 * facts['object']['visible_share']:.0f} % of it visible |",
-             f"| untouched | {100 * facts['untouched_share']:.1f} % of the pixels are the photograph's own, "
-             "bit "
-             f"for bit |"]
+             f"| untouched | {100 * facts['untouched_share']:.1f} % of the "
+             "pixels are the photograph's own, bit for bit |"]
     if model:
         lines += [f"| model | window of {model['window']['side']} pixels worked on at {model['model_size']}, "
                   f"{model['unet_passes']} U-Net passes, {model['seconds']} s |"]
@@ -805,30 +799,28 @@ def _light_words(model) -> str:
         whose = "the model alone" if drawn else "each part keeps its own"
         return f"{whose}; the depth map was not asked for a shadow"
     share, side = model["settings"], "right" if sun["azimuth"] > 0 else "left"
-    return (f"the depth map says where the shadow falls and which side is bright, for a sun "
-            f"{sun['elevation']} degrees "
-            f"high, {abs(sun['azimuth'])} degrees to the {side} of straight ahead (evidence "
-            f"{sun['evidence']} nats; "
-            f"below 8 it is a guess)" + f"; from the model, {share['faint']:.0%} of its change around the "
-                                        "object and "
-                                        f"{share['own']:.0%} of its change on it" * drawn)
+    said = ("the depth map says where the shadow falls and which side is bright, for a sun "
+            f"{sun['elevation']} degrees high, {abs(sun['azimuth'])} degrees to the {side} of straight ahead "
+            f"(evidence {sun['evidence']} nats; below 8 it is a guess)")
+    if not drawn:
+        return said
+    return said + (f"; from the model, {share['faint']:.0%} of its change around the object and "
+                   f"{share['own']:.0%} of its change on it")
 
 
 def _limits(shot, model) -> list[str]:
     out = ["the filled background is a guess from its surroundings; nobody photographed what is behind"]
     if model and "mini" in str(model["from"]):
         out.append("light and shadow are worked out for one sun and matt surfaces, and by a model that has "
-                   "seen "
-                   "rendered rooms only: on photographs read them as a hint, and judge the method by the "
-                   "benchmark on "
+                   "seen rendered rooms only: on photographs read them as a hint, "
+                   "and judge the method by the benchmark on "
                    "unseen Miniature scenes; MODEL=\"sd15\" uses a large model")
     if shot.facts["object"]["visible_share"] > 0.99:
         out.append("nothing nearer was found in front of the object; if something should hide it, this "
-                   "depth map "
-                   "does not show it: give a DEPTH, a larger DEPTH_MODEL, or another WHERE")
+                   "depth map does not show it: give a DEPTH, a larger DEPTH_MODEL, or another WHERE")
     if shot.photo.depth.valid.mean() < 1:
-        out.append("where the sensor measured nothing, a measurement beside it stands in: edges there may "
-                   "be wrong")
+        out.append("where the sensor measured nothing, a measurement "
+                   "beside it stands in: edges there may be wrong")
     out.append("the object is flat: it stands at one depth, and turns neither to the camera nor to the light")
     return out
 

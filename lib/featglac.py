@@ -399,9 +399,8 @@ def insert_object(pipe, image, depth, cutout, prompt, at, mechanism="inject", wh
             f"{image.shape[-1]}: resize one of them."
         )
     if cutout_depth is not None and depth.kind != "metric":
-        raise ValueError(f"cutout_depth needs a picture whose depth is in metres too; this map is "
-                         f"{depth.kind}: use a "
-                         "metric source, or leave cutout_depth out.")
+        raise ValueError("cutout_depth needs a picture whose depth is in metres too; this map is "
+                         f"{depth.kind}: use a metric source, or leave cutout_depth out.")
     occluder = ((depth.values < depth.at(at)) & (depth.valid > 0.5)).float().to(image)
     spent, asked = None, mechanism
     if cutout is None:
@@ -439,10 +438,10 @@ def compose(
 ) -> Edit:
     """Scene compositing at a depth: A's surfaces nearer than `at` in front of B's beyond it.
 
-    Both pictures (1, 3, H, W) of one size, each with its `DepthMap`. at: metres are the same in both; a number
-    in [0, 1] is a place on each map's own scale, so their near and far should agree. prompt describes the
-    result. B's own near things are taken away and the hole filled by `fill` (Settings) before A's layer covers
-    most of it; fill_prompt describes that filling, where a pipeline makes it.
+    Both pictures (1, 3, H, W) of one size, each with its `DepthMap`. at: metres are the same in both; a
+    number in [0, 1] is a place on each map's own scale, so their near and far should agree. prompt describes
+    the result. B's own near things are taken away and the hole filled by `fill` (Settings) before A's layer
+    covers most of it; fill_prompt describes that filling, where a pipeline makes it.
     """
     for name, image in (("image_a", image_a), ("image_b", image_b)):
         latents.check_image(image, name)
@@ -570,8 +569,8 @@ def paint_object(pipe, image, occluder, where, prompt, inpaint_pipe=None, steps=
         )
     model, hole = inpaint_pipe or pipe, (where * (1 - occluder) > 0.5).float()
     if not hole.any():
-        raise ValueError("The place for the object is wholly hidden by what is nearer; choose a smaller "
-                         "depth.")
+        raise ValueError("The place for the object is wholly hidden "
+                         "by what is nearer; choose a smaller depth.")
     with metered(model) as cost:
         filled = inpaint.with_model(model, image, hole, prompt, steps, generator=generator)
     return torch.cat([filled, where], 1), cost

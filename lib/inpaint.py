@@ -61,8 +61,8 @@ def with_model(pipe, image, fill_mask, prompt="", steps=50, guidance_scale=7.5, 
     _check(image, fill_mask)
     channels = getattr(getattr(pipe, "unet", None), "config", {}).get("in_channels")
     if channels not in (4, 9):
-        raise ValueError(f"with_model needs a pipeline whose U-Net takes 4 or 9 channels; this takes "
-                         f"{channels}.")
+        raise ValueError("with_model needs a pipeline whose U-Net "
+                         f"takes 4 or 9 channels; this takes {channels}.")
     if channels == 9 and not hasattr(pipe, "mask_processor"):
         raise ValueError("a 9-channel U-Net needs its StableDiffusionInpaintPipeline: load 'mini-inpaint' "
                          "or 'sd15-inpaint'.")
@@ -532,8 +532,8 @@ class FillNet(nn.Module):
 
     def forward(self, image, fill_mask):
         if image.shape[-1] % 8 or image.shape[-2] % 8:
-            raise ValueError(f"FillNet takes sides that are multiples of 8; this picture is "
-                             f"{tuple(image.shape)}.")
+            raise ValueError("FillNet takes sides that are multiples of "
+                             f"8; this picture is {tuple(image.shape)}.")
         hole = (fill_mask > 0).to(image).expand(len(image), -1, -1, -1)
         x = F.pixel_unshuffle(torch.cat([(image * 2 - 1) * (1 - hole), hole], 1), 2)
         half = self.enter(x)
@@ -562,8 +562,7 @@ class FillNet(nn.Module):
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"no {name} in {folder}: get the whole repository again, or make it "
-                                        "with "
-                                        "`python -m lib.train fillnet export --only fillnet`")
+                                        "with `python -m lib.train fillnet export --only fillnet`")
         net = cls(**json.loads((folder / "config.json").read_text()))
         net.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
         return net.to(device).eval().requires_grad_(False)

@@ -87,13 +87,13 @@ class Space:
                                ("already", 1), ("shape", 3), ("colour", 3)):
             x = getattr(self, name)
             if x is not None and tuple(x.shape) != (1, channels, *size):
-                raise ValueError(f"{name} must be (1, {channels}, {size[0]}, {size[1]}) like metres, not "
-                                 f"{tuple(x.shape)}.")
+                raise ValueError(f"{name} must be (1, {channels}, {size[0]}, "
+                                 f"{size[1]}) like metres, not {tuple(x.shape)}.")
         for name in ("metres", "receiver", "caster"):
             z = getattr(self, name)
             if not torch.isfinite(z).all() or z.min() < 0:
-                raise ValueError(f"{name} must be finite metres from the camera; fill the holes first "
-                                 "(depth.fill_holes).")
+                raise ValueError(f"{name} must be finite metres from the camera; "
+                                 "fill the holes first (depth.fill_holes).")
 
     def thick(self) -> float:
         """The given thickness, or 0.8 of the caster's width."""

@@ -28,6 +28,7 @@ SD_FILES = ("model_index.json", "scheduler/*", "tokenizer/*", "text_encoder/conf
             "text_encoder/model.safetensors", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
             "vae/config.json", "vae/diffusion_pytorch_model.safetensors")  # fp32 once; not the single files
 DEPTH_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
+SD_SIZE = "4 bytes x parameters of U-Net, VAE, text encoder"
 OPENRAIL = "CreativeML Open RAIL-M (use-based restrictions)"
 OURS = "MIT (made by this course's `python -m lib.train`)"
 
@@ -66,15 +67,13 @@ REGISTRY = {
         "pipeline", OPENRAIL,
         (("stable-diffusion-v1-5/stable-diffusion-v1-5", None), ("sd-legacy/stable-diffusion-v1-5", None),
          ("Jiali/stable-diffusion-1.5", None), ("botp/stable-diffusion-v1-5", None)),
-        SD_FILES, 4 * (859_520_964 + 83_653_863 + 123_060_480), "4 bytes x parameters of U-Net, VAE, text "
-                                                                "encoder"),
+        SD_FILES, 4 * (859_520_964 + 83_653_863 + 123_060_480), SD_SIZE),
     "sd15-inpaint": Spec(
         "pipeline", OPENRAIL,
         (("stable-diffusion-v1-5/stable-diffusion-inpainting", None),
          ("sd-legacy/stable-diffusion-inpainting", None),
          ("benjamin-paine/stable-diffusion-v1-5-inpainting", None)),
-        SD_FILES, 4 * (859_535_364 + 83_653_863 + 123_060_480), "4 bytes x parameters of U-Net, VAE, text "
-                                                                "encoder"),
+        SD_FILES, 4 * (859_535_364 + 83_653_863 + 123_060_480), SD_SIZE),
     "mini-depth": Spec("depth", OURS, convention="inverse depth in a known unit (card.json), near = high"),
     "dpt": Spec("depth", "Apache-2.0", (("Intel/dpt-large", None), ("Intel/dpt-hybrid-midas", "refs/pr/5")),
                 DEPTH_FILES, 1_370_000_000, "file list of Intel/dpt-large", INVERSE),
@@ -186,8 +185,8 @@ def find(name: str, kind: str) -> tuple[Path, str]:
     if spec is None or spec.kind != kind:
         known = ", ".join(_asked(n) for n, s in REGISTRY.items() if s.kind == kind)
         other = f" ({name} is a {spec.kind} model)" if spec else ""
-        raise ValueError(f"Unknown {kind} model {name!r}{other}; known: {known}, or the path of a model "
-                         "folder.")
+        raise ValueError(f"Unknown {kind} model {name!r}{other}; "
+                         f"known: {known}, or the path of a model folder.")
     tried = []
     for folder in _folders(name, spec):
         if _complete(folder, spec):
@@ -246,19 +245,17 @@ def _ways_out(name, spec, tried) -> str:
     if not spec.candidates:
         recipe = {"mini": "unet", "mini-inpaint": "inpaint", "mini-depth": "depth"}.get(name, name)
         lines += [f"  - it ships with the course in data/models/{name}: get the whole repository again, or "
-                  "train it "
-                  f"with `python -m lib.train {recipe}`",
-                  "  - point LAYERS_DATA at a folder that has models/, or LAYERS_MODELS at the folder of "
-                  "the models"]
+                  f"train it with `python -m lib.train {recipe}`",
+                  "  - point LAYERS_DATA at a folder that has models/, or "
+                  "LAYERS_MODELS at the folder of the models"]
         return "\n".join(lines)
     size = f" (about {spec.size / 1e9:.1f} GB)" if spec.size else ""
     instead = "DEPTH_MODEL = \"mini\"" if spec.kind == "depth" else "MODEL = \"mini\""
     lines += [f"  - {instead}: the small model that ships with the course and needs no network",
-              f"  - with a network: it is fetched once{size} and kept in the hub's cache; HF_HOME moves "
-              "that cache",
+              f"  - with a network: it is fetched once{size} and kept in "
+              "the hub's cache; HF_HOME moves that cache",
               f"  - without: on another machine `hf download {spec.candidates[0][0]} --local-dir {name}`, "
-              "copy the "
-              f"folder here, and set LAYERS_MODELS to the folder that holds it",
+              "copy the folder here, and set LAYERS_MODELS to the folder that holds it",
               f"  - give the path of a model folder instead of the name {name!r}"]
     return "\n".join(lines)
 

@@ -121,8 +121,8 @@ class Scene:
     def insert(self, thing: Thing, at: float, x: float | None = None) -> "Scene":
         """Add `thing` on the floor so that its front is `at` metres deep (NEAR..back wall)."""
         if not NEAR < at < self.room.back:
-            raise ValueError(f"at={at} m is outside the scene: choose a depth between {NEAR} and "
-                             f"{self.room.back:.1f} m")
+            raise ValueError(f"at={at} m is outside the scene: choose a depth "
+                             f"between {NEAR} and {self.room.back:.1f} m")
         z = _world_z(self.camera, at + thing.footprint, 0.0)
         placed = replace(thing, x=thing.x if x is None else x, y=0.0, z=z, on=None)
         return replace(self, things=self.things + (placed,))
@@ -195,8 +195,8 @@ def seeds(split: str, n: int, start: int = 0) -> list[int]:
         raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
     found = list(SPLITS[split][start:start + n]) if n >= 0 <= start else []
     if len(found) != n:
-        raise ValueError(f"{split} has seeds 0 to {len(SPLITS[split]) - 1}: {n} from {start} on are not "
-                         "there")
+        raise ValueError(f"{split} has seeds 0 to "
+                         f"{len(SPLITS[split]) - 1}: {n} from {start} on are not there")
     return found
 
 
@@ -291,8 +291,8 @@ def sample(seed: int, things: int | None = None, camera: Camera | None = None, w
     them).
     """
     if things is not None and not 1 <= things <= 4:
-        raise ValueError(f"a room holds 1 to 4 things, not {things}; an empty one is replace(scene, "
-                         "things=())")
+        raise ValueError(f"a room holds 1 to 4 things, not {things}; "
+                         "an empty one is replace(scene, things=())")
     test = held_out or split_of(seed) == "test"
     rng = random.Random(seed * 1_000_003 + 17)
     room, sun, cam = _sample_room(rng), _sample_sun(rng, test), _sample_camera(rng)

@@ -47,8 +47,8 @@ def to_tensor(picture):
         x = x[None, :, :, None] if x.ndim == 2 else x[None] if x.ndim == 3 else x
         x = x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x
     if x.ndim != 4 or x.shape[1] not in (1, 3, 4) or 0 in x.shape:
-        raise ValueError(f"A picture has 1, 3 or 4 channels and shape (B, C, H, W); this one has "
-                         f"{tuple(x.shape)}.")
+        raise ValueError("A picture has 1, 3 or 4 channels and shape (B, "
+                         f"C, H, W); this one has {tuple(x.shape)}.")
     return x
 
 
@@ -129,8 +129,8 @@ def _reason(error):
 
 def _too_large(path, size=None):
     what = f"{size[0]} x {size[1]} pixels" if size else "far too many pixels"
-    return ValueError(f"{path} has {what}, and the limit is {MAX_PIXELS // 1_000_000} megapixels: make it "
-                      "smaller first.")
+    return ValueError(f"{path} has {what}, and the limit is "
+                      f"{MAX_PIXELS // 1_000_000} megapixels: make it smaller first.")
 
 
 def _upright(picture):
@@ -208,8 +208,8 @@ def read_image(path, mode="rgb", max_side=None):
     except ValueError:
         raise
     except Exception as error:                       # Pillow's decoders raise many types on a damaged file
-        raise ValueError(f"{path} is damaged or cut short ({_reason(error)}): copy or download it "
-                         f"again.") from None
+        raise ValueError(f"{path} is damaged or cut short "
+                         f"({_reason(error)}): copy or download it again.") from None
     finally:
         picture.close() if hasattr(picture, "fp") else None
     x = to_tensor(np.array(picture))
@@ -411,8 +411,8 @@ def sheet(images, labels, path, columns=None, scale=None, title=None, max_bytes=
         for data in (_png(drawn), _png(fewer)):
             if max_bytes is None or len(data) <= max_bytes:
                 return _atomic(Path(path), data)
-    raise ValueError(f"{path} would be {len(data) // 1000} kB, more than {max_bytes // 1000} kB: show fewer "
-                     "pictures.")
+    raise ValueError(f"{path} would be {len(data) // 1000} kB, more than "
+                     f"{max_bytes // 1000} kB: show fewer pictures.")
 
 
 def _png(picture):
@@ -448,11 +448,10 @@ def _draw_sheet(flat, labels, columns, scale, title):
 
 COURSE = {"00": "Start here: the world, the convention, one edit", "01": "Latent space",
           "02": "Self-attention", "03": "Diffusion from scratch", "04": "Inpainting",
-          "05": "Image completion, trained",
-          "06": "Depth", "07": "Layers at a depth (DeGLaD)", "08": "Feature injection",
-          "09": "FeatGLaC: composing the layers", "10": "Editing with a reference", "11": "Transparent "
-                                                                                          "layers",
-          "12": "Measuring an edit", "14": "From video to a batch", "15": "25,000 images on two GPUs"}
+          "05": "Image completion, trained", "06": "Depth", "07": "Layers at a depth (DeGLaD)",
+          "08": "Feature injection", "09": "FeatGLaC: composing the layers",
+          "10": "Editing with a reference", "11": "Transparent layers", "12": "Measuring an edit",
+          "14": "From video to a batch", "15": "25,000 images on two GPUs"}
 
 
 def run_time(lesson):
@@ -466,9 +465,8 @@ def run_time(lesson):
         return Markdown("**Measured run time:** not measured yet (`make times` does it).")
     device = machine.get("device", "cpu")
     where = f"{machine.get('cpu_cores', '?')} CPU cores" if device == "cpu" else device
-    return Markdown(f"**Measured run time:** {row['seconds']:.0f} s and at most {row['memory_gb']:.1f} GB "
-                    "of memory, "
-                    f"on {where}.")
+    return Markdown(f"**Measured run time:** {row['seconds']:.0f} s and at most "
+                    f"{row['memory_gb']:.1f} GB of memory, on {where}.")
 
 
 def course_map(here="00"):
