@@ -455,14 +455,13 @@ SENSOR_FOCAL = 0.82     # its focal length in picture widths, about: 63 degrees 
 
 
 def fill_holes(depth: DepthMap) -> DepthMap:
-    """Give every unmeasured pixel a depth measured nearby: the nearest; in a stereo shadow, the one behind.
+    """Give every unmeasured pixel a depth measured nearby: the nearest one, or the one that must lie behind.
 
     A copied depth keeps edges sharp and invents nothing; averaging would put a ramp between an object and the
-    wall behind it, and a threshold on that ramp cuts out a halo. A *stereo shadow* is what only one of a
-    depth camera's two eyes sees, so it lies on the farther surface, in every row on the same side of the near
-    thing, and is no wider than the baseline allows (`_stereo_shadow`; in metric maps only). Other holes
-    (dark, shiny, glass) say nothing about their side. Either way it is a guess: `valid` keeps saying which
-    pixels were measured.
+    wall behind it, and a threshold on that ramp cuts out a halo. Two kinds of holes tell by their shape that
+    they lie on the farther surface (`_lies_behind`, in metric maps only): the *stereo shadow*, which only one
+    of a depth camera's two eyes sees, and the wall beyond its reach. Other holes (dark, shiny, glass) tell
+    nothing. Either way it is a guess: `valid` keeps saying which pixels were measured.
     """
     from scipy.ndimage import distance_transform_edt
     if (depth.valid > 0.5).all():
@@ -475,32 +474,34 @@ def fill_holes(depth: DepthMap) -> DepthMap:
         rows, columns = distance_transform_edt(holes, return_distances=False, return_indices=True)
         if depth.kind == "metric":
             near, far = (float(x[i] if isinstance(x, torch.Tensor) else x) for x in (depth.near, depth.far))
-            shadow, behind = _stereo_shadow(near + values.cpu().numpy() * (far - near), ~holes)
-            rows = np.where(shadow, np.arange(len(holes))[:, None], rows)
-            columns = np.where(shadow, behind, columns)
+            behind, column = _lies_behind(near + values.cpu().numpy() * (far - near), ~holes)
+            rows = np.where(behind, np.arange(len(holes))[:, None], rows)
+            columns = np.where(behind, column, columns)
         values.copy_(values[torch.from_numpy(rows).long(), torch.from_numpy(columns).long()])
     return replace(depth, values=filled)
 
 
-def _stereo_shadow(metres, measured) -> tuple[np.ndarray, np.ndarray]:
-    """Which holes of a map (H, W) are stereo shadows, and the column of the surface they lie on: two (H, W).
+def _lies_behind(metres, measured) -> tuple[np.ndarray, np.ndarray]:
+    """Which unmeasured pixels of a map (H, W) lie as far as their row's farther end, and that end's column.
 
-    A run of unmeasured pixels in a row between z_near and z_far, which differ by more than 3 %, at most
-    focal * baseline * (1 / z_near - 1 / z_far) wide (and 2 pixels of doubt), on the side where most such runs
-    are.
+    A stereo shadow lies between z_near and z_far, which differ by more than 3 %; it is at most
+    focal * baseline * (1 / z_near - 1 / z_far) wide (and 2 pixels of doubt), and on the side of the near thing
+    where most such gaps are. Out of reach is a gap of an eighth of the picture or more that ends as far away
+    as the camera sees.
     """
     h, w = measured.shape
     column, row = np.broadcast_to(np.arange(w), (h, w)), np.arange(h)[:, None]
     left = np.maximum.accumulate(np.where(measured, column, -1), 1)
     right = np.minimum.accumulate(np.where(measured, column, w)[:, ::-1], 1)[:, ::-1]
-    inside = ~measured & (left >= 0) & (right < w)
+    inside, width = ~measured & (left >= 0) & (right < w), right - left - 1
     z_left, z_right = (np.maximum(metres[row, c.clip(0, w - 1)], 1e-3) for c in (left, right))
-    near, far = np.minimum(z_left, z_right), np.maximum(z_left, z_right)
+    near, far, near_is_left = np.minimum(z_left, z_right), np.maximum(z_left, z_right), z_left < z_right
     widest = SENSOR_FOCAL * w * SENSOR_BASELINE * (1 / near - 1 / far) + 2
-    shadow = inside & (far > 1.03 * near) & (right - left - 1 <= widest)
-    begins, near_is_left = shadow & (column == left + 1), z_left < z_right
+    shadow = inside & (far > 1.03 * near) & (width <= widest)
+    begins = shadow & (column == left + 1)
     side = (begins & near_is_left).sum() > (begins & ~near_is_left).sum()
-    return shadow & (near_is_left == side), np.where(near_is_left, right, left)
+    beyond = inside & (width >= w / 8) & (far >= 0.9 * np.percentile(metres[measured], 98))
+    return (shadow & (near_is_left == side)) | beyond, np.where(near_is_left, right, left)
 
 
 def imitate_sensor(metres, focal, baseline=0.075, step=0.125, reach=6.0, no_return=None,

@@ -148,14 +148,14 @@ def test_at_gives_one_threshold_per_image_when_ranges_differ():
 
 def test_holes_take_the_nearest_measurement_and_stay_marked():
     z = ramp(20, 40)
-    z[..., :20], z[..., 20:] = 1.0, 3.0  # a step between two surfaces
+    z[..., :20], z[..., 20:36], z[..., 36:] = 1.0, 3.0, 6.0  # steps between three surfaces
     mm = (z[0, 0] * 1000).numpy().astype(np.uint16)
     mm[5:9, 10:30] = 0
     raw, filled = D.given(mm, fill=False), D.given(mm)
     assert (raw.values[..., 5:9, 10:30] == 1).all()
     assert torch.equal(filled.values, D.given(z).values)  # the edge is sharp again and in its place
     assert filled.valid.sum() == mm.size - 80 and torch.equal(D.fill_holes(filled).values, filled.values)
-    assert set(filled.values.unique().tolist()) == {0.0, 1.0}  # and no depth was invented
+    assert set(filled.values.unique().tolist()) == set(raw.values.unique().tolist())  # no depth was invented
 
 
 def in_shadow(z, focal, baseline=0.075):
@@ -187,14 +187,25 @@ def test_a_stereo_shadow_is_filled_with_what_lies_behind(mirrored):
     assert torch.allclose(filled[shadow], torch.tensor(4.0), atol=1e-5)
     assert torch.allclose(filled[..., 5, 138:144], torch.tensor([1.5, 1.5, 1.5, 4, 4, 4]), atol=1e-5)
     assert torch.allclose(filled[..., 20:30], torch.tensor(4.0), atol=1e-5)
-    seen[..., 60:120] = 0                                          # far wider than a shadow of that box can be
-    assert torch.allclose(fill(seen)[..., 60:90], torch.tensor(4.0), atol=1e-5)
-    assert torch.allclose(fill(seen)[..., 90:120], torch.tensor(1.5), atol=1e-5)
+    seen[..., 90:110] = 0                                          # wider than a shadow of that box can be
+    assert torch.allclose(fill(seen)[..., 90:100], torch.tensor(4.0), atol=1e-5)
+    assert torch.allclose(fill(seen)[..., 100:110], torch.tensor(1.5), atol=1e-5)
+
+
+def test_a_wide_hole_that_ends_where_the_camera_ends_is_the_wall():
+    z = torch.full((1, 1, 12, 200), 4.0)
+    z[..., 100:140] = 1.5
+    z[..., 40:120] = 0
+    filled = D.fill_holes(D.from_metric(z, near=1.0, far=9.0)).metres()[..., 40:120]
+    assert torch.allclose(filled, torch.tensor(4.0), atol=1e-5)
+    z[..., 180:] = 8.0                                             # the camera sees farther than that wall
+    filled = D.fill_holes(D.from_metric(z, near=1.0, far=9.0)).metres()[..., 40:120]
+    assert (filled[..., :40] > 3.9).all() and (filled[..., 40:] < 1.6).all()
 
 
 def test_in_rendered_rooms_shadows_lie_behind_and_other_holes_lose_little():
     from lib import scenes
-    error = {"shadow": [], "nearest": [], "dots": [], "dots, nearest": []}
+    error = {"shadow": [], "nearest": [], "dots": [], "dots, nearest": [], "reach": [], "reach, nearest": []}
     for seed in scenes.seeds("val", 10, start=500):
         scene = scenes.sample(seed)
         z = scenes.render(scene, size=160, samples=1, shadow_rays=1).depth
@@ -210,8 +221,13 @@ def test_in_rendered_rooms_shadows_lie_behind_and_other_holes_lose_little():
         for name, x, where in (("shadow", mine, shadow), ("nearest", other, shadow), ("dots", mine, dots),
                                ("dots, nearest", other, dots)):
             error[name].append(((x - z).abs() / z)[where])
+        seen = torch.where(z < 5.3, z, 0.0)
+        for name, x in (("reach", D.fill_holes(D.from_metric(seen, 1.0, 8.0)).metres()),
+                        ("reach, nearest", nearest(seen, 1.0, 8.0))):
+            error[name].append(((x - z).abs() / z)[seen == 0])
     mean = {name: float(torch.cat(x).mean()) for name, x in error.items()}
     assert mean["shadow"] < 0.7 * mean["nearest"] and mean["dots"] < 1.2 * mean["dots, nearest"], mean
+    assert mean["reach"] < 0.8 * mean["reach, nearest"], mean
 
 
 @pytest.mark.parametrize("name", NAMES)
