@@ -485,9 +485,9 @@ def _lies_behind(metres, measured) -> tuple[np.ndarray, np.ndarray]:
     """Which unmeasured pixels of a map (H, W) lie as far as their row's farther end, and that end's column.
 
     A stereo shadow lies between z_near and z_far, which differ by more than 3 %; it is at most
-    focal * baseline * (1 / z_near - 1 / z_far) wide (and 2 pixels of doubt), and on the side of the near thing
-    where most such gaps are. Out of reach is a gap of an eighth of the picture or more that ends as far away
-    as the camera sees.
+    focal * baseline * (1 / z_near - 1 / z_far) wide (and 2 pixels of doubt), and on the side of the near
+    thing where most such gaps are. Out of reach is a gap of an eighth of the picture or more that ends as far
+    away as the camera sees.
     """
     h, w = measured.shape
     column, row = np.broadcast_to(np.arange(w), (h, w)), np.arange(h)[:, None]
