@@ -318,17 +318,17 @@ def _cast(space, light, side=128):
                  for x in (each, each * loss))
 
 
-def change(space: Space, light: Light, shadow_share=1.0, shading_share=0.6, lift=0.8) -> torch.Tensor:
+def change(space: Space, light: Light, shadow_share=1.0, shading_share=0.6) -> torch.Tensor:
     """What the geometry does to the light (1, 1, H, W), as a log factor on the pasted picture: the thing
     turns from the light it came in to the room's, new shadows fall on what is not the thing itself, and, on a
-    layer's own floor, `lift` of the old ones goes."""
+    layer's own floor, the old ones go."""
     (shadow, loss), thing = _cast(space, light), (space.opaque >= 0.5).to(space.metres)
     out = shading_share * thing * _turned(space, light, thing)
     if not space.enclosed:
         return out + shadow_share * loss * (1 - thing)
     floor = thing * _level(space.receiver, space)
     old = torch.zeros_like(shadow) if space.already is None else space.already
-    out = out + lift * USUAL * floor * old * (1 - shadow)
+    out = out + USUAL * floor * old * (1 - shadow)
     return out + shadow_share * loss * (1 - thing + floor) * (1 - floor * old)
 
 
@@ -367,6 +367,8 @@ def _thrown(space, to_light, side, steps=28, own=None):
     facing = (normals(p) * to_light[:, :, None, None]).sum(1, keepdim=True) > 0.05
     if own is None:
         own = _own(space, p, to_light, _to_side(space.metres, side), steps)
+    if space.enclosed:  # on a layer that was put in lie none of this picture's own shadows
+        own = own * (1 - _to_side(space.opaque, side))
     itself = torch.equal(space.caster, space.metres)  # a picture's own shadows do not hide themselves
     lit = 1 if itself else 1 - own
     return lit * facing * shadows(p, space.caster, space.opaque, to_light, space.fov, space.thick(),

@@ -378,3 +378,20 @@ def test_the_verdict_says_what_was_done_without_a_model():
     assert "(`geometry`): 25%" not in said
     del means["geometry"]
     assert "Without a model" not in benchmark.verdict({"tasks": {"insertion": {"means": means, "differences": {"inject": differences}}}})
+
+
+@pytest.mark.parametrize("task, mechanism", [("insertion", "geometry"), ("insertion", benchmark.WITH_DEPTH),
+                                             ("compositing", "inject")])
+def test_the_stored_board_is_what_this_code_gives(task, mechanism):
+    """On the board's first room: a change of the method, its defaults or its weights asks for a new board."""
+    path, stored = benchmark.newest()
+    seed = stored["seeds"][0]
+    with path.with_suffix(".csv").open() as rows:
+        (old,) = [r for r in csv.DictReader(rows) if (r["task"], int(r["seed"]), r["mechanism"]) == (task, seed, mechanism)]
+    s = benchmark.Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored["settings"].items()})
+    models = benchmark.Models(s)
+    done, _, after = benchmark.edit_case(models, benchmark.case(task, seed), mechanism)
+    new = benchmark.scores(models.judge, after, benchmark.case(task, seed))
+    assert done.passes == int(old["passes"])
+    for zone in ("shadow", "shading", "outside"):  # another machine's rounding goes through the whole denoising
+        assert new[f"rmse_{zone}"] == pytest.approx(float(old[f"rmse_{zone}"]), abs=0.004)

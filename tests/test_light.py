@@ -194,6 +194,24 @@ def test_old_shadows_of_a_layer_go_and_are_not_thrown_twice():
     assert kept.abs().mean() < 0.6 * alone.abs().mean()
 
 
+def test_shadows_of_the_other_room_do_not_lie_on_the_layer_put_in():
+    """A layer's things throw the same shadows on its own floor, whatever stands in the room it comes into."""
+    scene, made = room(5)
+    other = replace(room(8)[0], camera=scene.camera)
+    empty, full = (scenes.render([replace(other, things=t)]) for t in ((), other.things))
+    z, near = made.depth[:1], (made.depth[:1] < 4).float()
+    lit = light.Light(in_camera(scene)[None], torch.ones(1), 0, 0, 9.0)
+    box = dict(fov=scene.camera.fov, thickness=light.THING, enclosed=True)
+
+    def thrown(b):
+        both = torch.where(near > 0, z, b.depth)
+        return light.cast(light.Space(b.rgb, b.depth, both, both, near, **box), lit)
+
+    inner = -torch.nn.functional.max_pool2d(1 - near, 9, 1, 4) + 1 > 0.5    # the shadow's soft end reaches over the rim
+    assert (thrown(empty)[inner] > 0.5).sum() > 50
+    assert torch.allclose(thrown(full)[inner], thrown(empty)[inner], atol=0.05)
+
+
 def test_a_copy_of_the_depth_is_the_same_depth():
     """A picture's own shadows are known by their values, not by which tensor object holds them."""
     scene, made = room(4)
