@@ -59,27 +59,40 @@ def check_parameters(given: dict):
             wrong.append(f"{name} is a number of seconds, {words}; it is {value!r}.")
     wrong += [f"RETRY names statuses ({', '.join(FINAL)}), with commas between; {word!r} is none."
               for word in filter(None, str(given.get("RETRY", "")).split(",")) if word not in FINAL]
-    if given.get("PROCESS", "edit") == "edit":
-        wrong += _wrong_edit(given)
+    if given.get("PROCESS", "edit") in ("edit", "layers"):
+        wrong += _wrong_words(given)
     if wrong:
         raise ValueError("\n".join(wrong))
 
 
-def _wrong_edit(given) -> list[str]:
-    """What `lib.edit` says of the words that place an object, before there is a picture."""
+def _wrong_words(given) -> list[str]:
+    """What the course says of the words that name a depth, a place, an object, before there is a picture."""
     from lib import depth, edit
-    wrong, insert = [], str(given.get("INSERT", ""))
-    mini = Path(str(given.get("MODEL", "mini"))).name.startswith("mini")
-    drawn = mini and insert and not Path(insert).suffix
-    for test in (lambda: edit.check_settings("", given.get("MECHANISM", "inject")),
-                 lambda: given.get("AT") and depth.parse_at(given["AT"]),
-                 lambda: edit._where(given.get("WHERE", "")),
-                 lambda: drawn and edit._words(edit.words_of(insert))):
-        try:
-            test()
-        except ValueError as error:
-            wrong.append(str(error))
-    return wrong
+    tests, insert = [lambda: given.get("AT") and depth.parse_at(given["AT"]), lambda: _depth_model(given)], ""
+    if given.get("PROCESS", "edit") == "edit":
+        insert = str(given.get("INSERT", ""))
+        tests += [lambda: edit.check_settings("", given.get("MECHANISM", "inject")),
+                  lambda: edit._where(given.get("WHERE", ""))]
+    if insert and not Path(insert).suffix and Path(str(given.get("MODEL", "mini"))).name.startswith("mini"):
+        tests.append(lambda: edit._words(edit.words_of(insert)))
+    return [said for said in map(_words_of_error, tests) if said]
+
+
+def _words_of_error(test) -> str:
+    try:
+        test()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _depth_model(given):
+    from lib import models
+    short = {long: name for name, long in models.DEPTH_ALIASES.items()}
+    name, all_of_them = str(given.get("DEPTH_MODEL", "mini")), models.REGISTRY.items()
+    known = [short.get(long, long) for long, spec in all_of_them if spec.kind == "depth"]
+    if not given.get("DEPTH") and name not in (*known, *short) and not Path(name).is_dir():
+        raise ValueError(f"DEPTH_MODEL is a folder or one of {', '.join(known)}; it is {name!r}.")
 
 
 # ---------------------------------------------------------------- devices
@@ -119,7 +132,7 @@ def attached(name, base=None) -> Path:
     name: "slug", "owner/slug", or a file or folder inside ("owner/slug/frames"). Both mounts are known:
     <slug>/, and since 2026 <kind>/<owner>/<slug>/ with kind "datasets", "notebooks" and so on.
     """
-    base, path = Path(base or inputs()), Path(name)
+    elsewhere, base, path = not base and not here(), Path(base or inputs()), Path(name)
     if path.exists():
         return path
     if not path.is_absolute():
@@ -133,6 +146,8 @@ def attached(name, base=None) -> Path:
                 return place
     places = [p for p in [*base.glob("*"), *base.glob("*/*/*")] if p.is_dir()]
     there = sorted({str(p.relative_to(base)) for p in places})[:20]
+    if elsewhere and not base.exists():
+        raise Refused(f"There is no {name!r} here.")
     raise Refused(f"There is no {name!r} here, nor is it attached under {base}"
                   + (f", which holds: {', '.join(there)}." if there else ", which holds nothing."))
 

@@ -47,6 +47,7 @@ def test_the_lesson_s_own_parameters_are_good():
     ("LOADERS", 0, "1 or more"), ("GPUS", True, "GPUS is"), ("STEP", 0, "STEP is a number of seconds, more than 0; it is 0"),
     ("MAX_SECONDS", -4, "0 or more; it is -4"), ("RETRY", "nan,foo", r"RETRY names statuses \(ok, .*'foo' is none"),
     ("AT", "behind", "'behind' is not a depth"), ("WHERE", "left", "'left' is not a place"),
+    ("DEPTH_MODEL", "foo", "DEPTH_MODEL is a folder or one of mini, .*dpt.*; it is 'foo'"),
     ("MECHANISM", "magic", "Unknown MECHANISM 'magic'; known: "), ("INSERT", "purple dragon", "colours: .*things: "),
 ])
 def test_a_parameter_that_cannot_be_used_is_named_at_once(name, value, words):
@@ -136,6 +137,9 @@ def test_a_path_is_a_path_and_what_is_missing_is_named(tmp_path, monkeypatch):
         kaggle.attached("wlak", tmp_path / "input")
     with pytest.raises(Refused, match="which holds nothing"):
         kaggle.attached(str(tmp_path / "no" / "such.mp4"), tmp_path / "none")
+    monkeypatch.setenv("LAYERS_KAGGLE_INPUT", str(tmp_path / "none"))
+    with pytest.raises(Refused, match="There is no 'such.mp4' here.$"):           # on a laptop nothing can be attached
+        kaggle.attached("such.mp4")
     monkeypatch.setenv("LAYERS_KAGGLE_INPUT", str(tmp_path / "input"))
     assert kaggle.attached("me/walk").is_dir()
 
