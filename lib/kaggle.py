@@ -72,7 +72,7 @@ def _wrong_words(given) -> list[str]:
     if given.get("PROCESS", "edit") == "edit":
         insert = str(given.get("INSERT", ""))
         tests += [lambda: edit.check_settings("", given.get("MECHANISM", "inject")),
-                  lambda: edit._where(given.get("WHERE", ""))]
+                  lambda: edit._where(given.get("WHERE", "")), lambda: _height(given.get("HEIGHT", ""))]
     if insert and not Path(insert).suffix and Path(str(given.get("MODEL", "mini"))).name.startswith("mini"):
         tests.append(lambda: edit._words(edit.words_of(insert)))
     return [said for said in map(_words_of_error, tests) if said]
@@ -84,6 +84,16 @@ def _words_of_error(test) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def _height(text):
+    from lib import depth
+    try:
+        good = str(text).strip().lower() in ("", "auto") or depth.parse_at(text)[0] > 0
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError(f"HEIGHT={text!r} is no height; write metres (0.9m), or a part of the picture (0.3).")
 
 
 def _depth_model(given):

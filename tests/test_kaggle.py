@@ -35,7 +35,7 @@ def maker():
 
 def test_the_lesson_s_own_parameters_are_good():
     kaggle.check_parameters(setup.notebook_parameters(LESSON))
-    kaggle.check_parameters({"AT": "2.4m", "WHERE": "0.4,0.8", "INSERT": "chair.png", "RETRY": "nan,oom", "MAX_SECONDS": 0.5})
+    kaggle.check_parameters({"AT": "2.4m", "HEIGHT": "0.9m", "WHERE": "0.4,0.8", "INSERT": "chair.png", "RETRY": "nan,oom", "MAX_SECONDS": 0.5})
     kaggle.check_parameters({"INSERT": "a small dragon", "MODEL": "sd15"})        # it paints what the mini cannot
     kaggle.check_parameters({"AT": "behind", "PROCESS": "tint"})                  # which asks for no depth
 
@@ -48,6 +48,7 @@ def test_the_lesson_s_own_parameters_are_good():
     ("MAX_SECONDS", -4, "0 or more; it is -4"), ("RETRY", "nan,foo", r"RETRY names statuses \(ok, .*'foo' is none"),
     ("AT", "behind", "'behind' is not a depth"), ("WHERE", "left", "'left' is not a place"),
     ("DEPTH_MODEL", "foo", "DEPTH_MODEL is a folder or one of mini, .*dpt.*; it is 'foo'"),
+    ("HEIGHT", "tall", "HEIGHT='tall' is no height"), ("HEIGHT", "-1m", "is no height"),
     ("MECHANISM", "magic", "Unknown MECHANISM 'magic'; known: "), ("INSERT", "purple dragon", "colours: .*things: "),
 ])
 def test_a_parameter_that_cannot_be_used_is_named_at_once(name, value, words):
