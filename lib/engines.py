@@ -23,7 +23,8 @@ from lib.batch import BROKEN, DONE, NO_OUTPUT, NO_START, STOPPED, USAGE
 from lib.jobs import (FINAL, Job, OutputError, Refused, is_manifest_row, open_job, parse_rows, temp_name,
                       write_atomic)
 
-NO_USE = (NO_START, USAGE)          # exit codes of a worker that would end the same way again
+NO_USE = (NO_START, USAGE)  # exit codes of a worker that would end the same way again
+BAD = (BROKEN, *NO_USE)
 
 
 class Card(NamedTuple):
@@ -145,7 +146,7 @@ def local(job, plan, progress, stopped) -> int:
                 for worker in running:
                     worker.signal(signal.SIGTERM if told == 1 else signal.SIGKILL)
             progress.poll()
-            running = _still_running(job, plan, running, progress, stopped)
+            running = _still_running(job, plan, crew, running, progress, stopped)
             if any(w.code == NO_OUTPUT for w in crew):            # no worker will do better
                 for worker in running:
                     worker.signal(signal.SIGTERM)
@@ -158,11 +159,11 @@ def local(job, plan, progress, stopped) -> int:
     return _outcome(crew)
 
 
-def _still_running(job, plan, running, progress, stopped) -> list:
-    """The workers that are not over; a word about those that end badly while others go on."""
+def _still_running(job, plan, crew, running, progress, stopped) -> list:
+    """The workers that are not over; a word about those that end badly where others do not."""
     left = [w for w in running if not (stopped and w.process is None) and w.poll(progress)]
     for worker in running:
-        if worker not in left and worker.code in (BROKEN, *NO_USE) and left:
+        if worker not in left and worker.code in BAD and not all(w.code in BAD for w in crew):
             print(f"worker {worker.index} is of no use ({worker.log}); the others go on. Its last words:\n"
                   f"{worker.last_words()}", file=sys.stderr)
     for worker in left:
@@ -174,11 +175,11 @@ def _outcome(crew) -> int:
     """The exit code of a run whose workers are all over. Refused: none of them could even start."""
     if all(w.code in NO_USE for w in crew):
         raise Refused(crew[0].last_words())
-    if all(w.code in (BROKEN, *NO_USE) for w in crew):
+    if all(w.code in BAD for w in crew):
         broken = next(w for w in crew if w.code == BROKEN)
         print(f"every worker died {Worker.TRIES} times in a row; the last words of one ({broken.log}):\n"
               f"{broken.last_words()}", file=sys.stderr)
-    return BROKEN if any(w.code in (BROKEN, *NO_USE) for w in crew) else DONE
+    return BROKEN if any(w.code in BAD for w in crew) else DONE
 
 
 def _wait_for(workers, seconds=30):

@@ -913,13 +913,19 @@ def test_a_worker_that_cannot_start_ends_the_run_at_once(tmp_path, source):
 
 
 def test_one_worker_that_cannot_start_does_not_stop_the_other(tmp_path, source):
+    taken = tmp_path / "taken"
     (tmp_path / "one.py").write_text(
-        "from lib.processors import Tint\nclass One(Tint):\n    def __init__(self, *a):\n        "
-        f"super().__init__(*a)\n        try: open({str(tmp_path / 'taken')!r}, 'x').close()\n        except "
-        "FileExistsError: return\n        raise RuntimeError('this card is full')\n")
-    done = cli("run", tmp_path / "job", "--input", source, "--process", f"{tmp_path / 'one.py'}:One",
-               "--workers", "2",
-               "--quiet")
+        "from lib.processors import Tint\n"
+        "class One(Tint):\n"
+        "    def __init__(self, *a):\n"
+        "        super().__init__(*a)\n"
+        "        try:\n"
+        f"            open({str(taken)!r}, 'x').close()\n"
+        "        except FileExistsError:\n"
+        "            return\n"
+        "        raise RuntimeError('this card is full')\n")
+    spec = f"{tmp_path / 'one.py'}:One"
+    done = cli("run", tmp_path / "job", "--input", source, "--process", spec, "--workers", "2", "--quiet")
     assert done.returncode == batch.DONE, done.stderr
     assert "is of no use" in done.stderr and "this card is full" in done.stderr
     check_whole(jobs.open_job(tmp_path / "job"))
