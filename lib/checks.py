@@ -19,6 +19,7 @@ A `Wrong` is recognised when its `answer` gives what the reader's function gave,
 import dis
 import importlib
 import inspect
+import math
 import pkgutil
 import textwrap
 import traceback
@@ -200,7 +201,8 @@ def _kind(value):
 def _tuple_difference(answer, expected, tolerance):
     if not isinstance(answer, (tuple, list)) or len(answer) != len(expected):
         count = f"{len(answer)} values" if isinstance(answer, (tuple, list)) else _kind(answer)
-        return f"your function returns {count}; it should return {len(expected)} values.", "count"
+        pair = ", as in `return a, b`" if len(expected) == 2 else ""
+        return f"your function returns {count}; it should return {len(expected)} values{pair}.", "count"
     for i, (a, e) in enumerate(zip(answer, expected)):
         if said := difference(a, e, tolerance):
             return f"value {i + 1} of {len(expected)}: {said[0]}", said[1]
@@ -223,7 +225,8 @@ def _value_difference(a, e, tolerance):
     """Sentence for two tensors of the same shape: NaN, sign, flip, scale, offset, range, else the worst place."""
     if not torch.isfinite(a).all() and torch.isfinite(e).all():
         count = int((~torch.isfinite(a)).sum())
-        return f"{count} of {a.numel()} values are NaN or infinite: is there a division by zero?", "nan"
+        return (f"{count} of {a.numel()} values are NaN or infinite: is there a division by zero, or the root or "
+                "logarithm of a negative number?"), "nan"
     close = lambda x: torch.allclose(x, e, rtol=0, atol=max(tolerance, 1e-3) * max(1.0, float(e.abs().max())))
     if close(-a):
         return "every value has the wrong sign.", "sign"
@@ -231,15 +234,16 @@ def _value_difference(a, e, tolerance):
         return "your answer is 1 minus the right one: near and far, or inside and outside, are swapped.", "flipped"
     ratio = float((a * e).sum() / (a * a).sum().clamp_min(1e-30))
     if ratio != 0 and close(a * ratio):
-        return f"the scale is wrong: your values are {1 / ratio:.4g} times the right ones.", "scale"
+        return f"the scale is wrong: your values are {1 / ratio:.6g} times the right ones.", "scale"
     offset = float((a - e).mean())
     if close(a - offset):
         return f"your values are all {offset:+.4g} off.", "offset"
     if e.min() >= 0 and e.max() <= 1 and (a.min() < -tolerance or a.max() > 1 + tolerance):
         return f"the range is [{a.min():.3g}, {a.max():.3g}], it should stay in [0, 1].", "range"
-    worst = int((a - e).abs().argmax())
+    gap = torch.where(a == e, 0.0, (a - e).abs())        # an infinity where one belongs is right
+    worst = int(gap.nan_to_num(nan=math.inf).argmax())
     place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), a.shape))
-    share = float(((a - e).abs() > tolerance).double().mean())
+    share = float((~(gap <= tolerance)).double().mean())
     return (f"{share:.0%} of the values differ; most at {place}: yours {a.flatten()[worst]:.4g}, "
             f"right {e.flatten()[worst]:.4g}."), "value"
 

@@ -41,6 +41,7 @@ def panel(draw, css_class, **controls):
     import ipywidgets
 
     text, picture = ipywidgets.HTML(), ipywidgets.Image(format="png")
+    picture.layout = ipywidgets.Layout(align_self="flex-start", max_width="100%")    # at its own size: not stretched
     picture.add_class(css_class)
 
     def update(change=None):

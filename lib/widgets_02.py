@@ -216,7 +216,6 @@ def attention_explorer(picture, bank, layers, x=0.5, y=0.5):
 
     box, clicker = panel(draw, "attention-explorer", **controls), click_picture(picture, x, y)
     text, maps = box.children[-2:]
-    maps.layout = ipywidgets.Layout(align_self="flex-start", max_width="100%")    # not stretched
     if clicker is None:
         return box
     for name in ("x", "y"):

@@ -1,4 +1,5 @@
 """The check machinery: references pass, every typical wrong answer gets its own message, stubs are "todo"."""
+import math
 import re
 
 import numpy as np
@@ -172,6 +173,13 @@ def test_tuples_and_numbers():
     assert "2 values" in difference(torch.ones(2), (torch.ones(2), 1.0))[0]
     assert difference(torch.tensor(0.5), 0.5) is None and difference(np.float64(0.5), 0.5) is None
     assert difference("near", 0.5)[1] == "value" and difference(True, False)[1] == "value"
+
+
+def test_an_infinity_where_one_belongs_is_right():
+    right = torch.tensor([math.inf, 1.0, 2.0])
+    said, _ = difference(torch.tensor([math.inf, 1.0, 3.0]), right)
+    assert said.startswith("33%") and "(2,): yours 3, right 2" in said
+    assert "(0,): yours 5, right inf" in difference(torch.tensor([5.0, 1.0, 2.0]), right)[0]
 
 
 def test_hints_and_reveal(capsys):
