@@ -382,8 +382,9 @@ def test_the_verdict_says_what_was_done_without_a_model():
 
 @pytest.mark.parametrize("task, mechanism", [("insertion", "geometry"), ("insertion", benchmark.WITH_DEPTH),
                                              ("compositing", "inject")])
-def test_the_stored_board_is_what_this_code_gives(task, mechanism):
+def test_the_stored_board_is_what_this_code_gives(task, mechanism, monkeypatch):
     """On the board's first room: a change of the method, its defaults or its weights asks for a new board."""
+    monkeypatch.delenv("LAYERS_DATA")
     path, stored = benchmark.newest()
     seed = stored["seeds"][0]
     with path.with_suffix(".csv").open() as rows:
