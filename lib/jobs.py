@@ -318,7 +318,7 @@ def _create(folder, source, process, settings, shard_size, pack, depth, limit, s
             return None
         time.sleep(0 if claim else 0.2)
     try:
-        root, items = _frozen(folder, source, depth, limit, step)
+        root, items = _frozen(folder, source, depth, limit, step, settings.get("max_side"))
         shard_size = shard_size or (128 if len(items) >= 2048 else max(8, -(-len(items) // 16)))
         fingerprint = {"processor": process.rpartition("/")[2], "inputs": _list_hash(items),
                        "shard_size": shard_size,
@@ -346,13 +346,14 @@ def _is_video(source) -> bool:
     return Path(source).suffix.lower() in VIDEOS and not Path(source).is_dir()
 
 
-def _frozen(folder, source, depth, limit, step):
-    """(root, items); of a video, its frames, which are written into the job's folder first."""
+def _frozen(folder, source, depth, limit, step, max_side):
+    """(root, items); of a video, its frames, which are written into the job's folder first, no larger than they are
+    worked on (with depth maps beside them: as they are)."""
     path = Path(source)
     if _is_video(path):
         from lib import video
         try:
-            path = video.extract(path, folder / "frames", step or STEP)
+            path = video.extract(path, folder / "frames", step or STEP, None if depth else max_side)
         except ValueError as error:
             raise Refused(str(error)) from error
     items, others = list_inputs(path, depth, limit)

@@ -98,11 +98,8 @@ def _height(text):
 
 def _depth_model(given):
     from lib import models
-    short = {long: name for name, long in models.DEPTH_ALIASES.items()}
-    name, all_of_them = str(given.get("DEPTH_MODEL", "mini")), models.REGISTRY.items()
-    known = [short.get(long, long) for long, spec in all_of_them if spec.kind == "depth"]
-    if not given.get("DEPTH") and name not in (*known, *short) and not Path(name).is_dir():
-        raise ValueError(f"DEPTH_MODEL is a folder or one of {', '.join(known)}; it is {name!r}.")
+    if not given.get("DEPTH"):
+        models.check_name(str(given.get("DEPTH_MODEL", "mini")), "depth")
 
 
 # ---------------------------------------------------------------- devices

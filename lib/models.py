@@ -173,21 +173,28 @@ def _say(thing, name, used, quiet):
 
 # ---------------------------------------------------------------- finding
 
-def find(name: str, kind: str) -> tuple[Path, str]:
-    """(folder, where it came from) of a model of this kind; fetches it when it is not on this machine."""
+def check_name(name: str, kind: str) -> None:
+    """ValueError unless it is the folder of a model of this kind or a name of the REGISTRY; fetches nothing."""
     if not isinstance(name, (str, os.PathLike)) or not str(name):
         raise ValueError(f"A model's name is text such as 'mini' or a folder; got {name!r}.")
     if Path(name).is_dir():
         if not _complete(Path(name), Spec(kind, "")):
             raise ValueError(f"The folder {name} is no {kind} model: {_marker(kind)} is missing in it.")
-        return Path(name), str(name)
-    name, spec = str(name), REGISTRY.get(str(name))
+        return
+    spec = REGISTRY.get(DEPTH_ALIASES.get(str(name), str(name)) if kind == "depth" else str(name))
     if spec is None or spec.kind != kind:
         known = ", ".join(_asked(n) for n, s in REGISTRY.items() if s.kind == kind)
         other = f" ({name} is a {spec.kind} model)" if spec else ""
         raise ValueError(f"Unknown {kind} model {name!r}{other}; "
                          f"known: {known}, or the path of a model folder.")
-    tried = []
+
+
+def find(name: str, kind: str) -> tuple[Path, str]:
+    """(folder, where it came from) of a model of this kind; fetches it when it is not on this machine."""
+    check_name(name, kind)
+    if Path(name).is_dir():
+        return Path(name), str(name)
+    name, spec, tried = str(name), REGISTRY[str(name)], []
     for folder in _folders(name, spec):
         if _complete(folder, spec):
             return folder, str(folder)

@@ -143,6 +143,16 @@ class Layers(Processor):
         self._estimator = None
 
     @classmethod
+    def complete(cls, settings):
+        from lib import models
+        chosen = super().complete(settings)
+        try:
+            models.check_name(chosen["depth_model"], "depth")
+        except ValueError as error:
+            raise Refused(str(error)) from None
+        return chosen
+
+    @classmethod
     def identity(cls, settings):
         return {"weights.depth": weights_of(settings["depth_model"], "depth")}
 

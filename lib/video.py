@@ -156,7 +156,7 @@ def extract(path, folder, step=0.1, max_side=None) -> Path:
 
     A duplicate gets a line that names the file of the frame it repeats, and no file: a batch need not do it
     twice. Killed in between it goes on where it was; finished (frames.jsonl is written last) it does nothing.
-    Refused: the folder holds the frames, or some frames, of another video or step.
+    Refused: the folder holds the frames, or some frames, of another video, step or size.
     """
     from PIL import Image
     folder, rows = Path(folder), []
@@ -165,7 +165,7 @@ def extract(path, folder, step=0.1, max_side=None) -> Path:
     listing, begun = folder / "frames.jsonl", folder / "frames.part.jsonl"
     head = next((read_rows(path)[:1] for path in (listing, begun) if path.is_file()), [])
     if head and head[0] != source:
-        raise Refused(f"{folder} holds frames of another video or step; give a new folder.")
+        raise Refused(f"{folder} holds frames of another video, step or size; give a new folder.")
     if listing.is_file():
         begun.unlink(missing_ok=True)
         return folder

@@ -215,6 +215,16 @@ def test_another_list_limit_or_step_is_refused(tmp_path, source):
         new(tmp_path, other, "film")
 
 
+def test_a_film_s_frames_are_no_larger_than_they_are_worked_on(tmp_path):
+    pytest.importorskip("av")
+    walk = ROOT / "data" / "scenes" / "walk.mp4"
+    small = new(tmp_path, walk, "small", "layers", step=2.5, settings={"max_side": 64})
+    with Image.open(Path(small.facts["root"]) / small.items[0]["id"]) as frame:
+        assert max(frame.size) == 64
+    with Image.open(Path(new(tmp_path, walk, "plain", step=2.5).facts["root"]) / small.items[0]["id"]) as frame:
+        assert max(frame.size) > 64
+
+
 def test_a_list_from_windows(tmp_path, source):
     (source / "list.txt").write_bytes("\ufeffim004.png\r\nim002.png\r\n\r\n".encode("utf8"))
     assert [item["id"] for item in new(tmp_path, source / "list.txt").items] == ["im002.png", "im004.png"]
@@ -1116,6 +1126,8 @@ def test_the_real_pipeline_names_what_is_wrong(tmp_path):
     pytest.importorskip("torch")
     with pytest.raises(Refused, match="No setting 'step'"):
         processors.Edit.complete({"step": 2})
+    with pytest.raises(Refused, match="Unknown depth model 'dpth'; known: mini, "):
+        processors.Edit.complete({"depth_model": "dpth"})
     with pytest.raises(Refused, match="dtype is auto, float16 or float32"):
         processors.Edit.complete({"dtype": "int8"})
     assert len(processors.Edit.identity(processors.Edit.complete({}))["weights.model"]) == 16

@@ -47,7 +47,7 @@ def test_the_lesson_s_own_parameters_are_good():
     ("LOADERS", 0, "1 or more"), ("GPUS", True, "GPUS is"), ("STEP", 0, "STEP is a number of seconds, more than 0; it is 0"),
     ("MAX_SECONDS", -4, "0 or more; it is -4"), ("RETRY", "nan,foo", r"RETRY names statuses \(ok, .*'foo' is none"),
     ("AT", "behind", "'behind' is not a depth"), ("WHERE", "left", "'left' is not a place"),
-    ("DEPTH_MODEL", "foo", "DEPTH_MODEL is a folder or one of mini, .*dpt.*; it is 'foo'"),
+    ("DEPTH_MODEL", "foo", "Unknown depth model 'foo'; known: mini, .*dpt.*, or the path of a model folder"),
     ("HEIGHT", "tall", "HEIGHT='tall' is no height"), ("HEIGHT", "-1m", "is no height"),
     ("MECHANISM", "magic", "Unknown MECHANISM 'magic'; known: "), ("INSERT", "purple dragon", "colours: .*things: "),
 ])

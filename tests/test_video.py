@@ -203,7 +203,7 @@ def test_extract_writes_each_source_frame_once_and_goes_on(tmp_path, clip):
     video.extract(clip[0], folder)
     after = {p.name: p.stat().st_mtime_ns for p in sorted(folder.glob("*.png"))}
     assert after.keys() == before.keys() and sum(after[n] != before[n] for n in after) == 1
-    with pytest.raises(jobs.Refused, match="another video or step"):
+    with pytest.raises(jobs.Refused, match="another video, step or size"):
         video.extract(clip[0], folder, step=0.2)
 
 
@@ -219,7 +219,7 @@ def test_half_of_the_frames_of_another_step_are_not_taken_for_this_one_s(tmp_pat
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(video, "write_atomic", killed)
         video.extract(clip[0], tmp_path / "f")
-    with pytest.raises(jobs.Refused, match="another video or step"):
+    with pytest.raises(jobs.Refused, match="another video, step or size"):
         video.extract(clip[0], tmp_path / "f", step=0.5)
     (tmp_path / "f" / "frame000001.png").write_bytes(b"kept")       # the same step goes on where it was
     video.extract(clip[0], tmp_path / "f")
