@@ -9,6 +9,7 @@ import io
 import pkgutil
 import math
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -391,11 +392,14 @@ def tile(images, labels, columns=None, scale=None, title=None):
 
 
 def table(rows, header):
-    """Rows of text and numbers (floats get 3 decimals) -> a Markdown table for the notebook."""
+    """Rows of text and numbers (floats get 3 decimals) -> a Markdown table for the notebook.
+
+    A column of numbers stands to the right; the first one, and columns of words, to the left."""
     from IPython.display import Markdown
-    text = lambda v: f"{v:.3f}" if isinstance(v, float) else str(v)
-    lines = [list(header), ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return Markdown("\n".join("| " + " | ".join(map(text, line)) + " |" for line in lines))
+    rows = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row] for row in rows]
+    numbers = [all(re.match(r"\W*(\d|$)", cell) for cell in column) for column in zip(*rows)]
+    sides = ["---:" if k and right else "---" for k, right in enumerate(numbers or [False] * len(header))]
+    return Markdown("\n".join("| " + " | ".join(map(str, line)) + " |" for line in [header, sides, *rows]))
 
 
 def sheet(images, labels, path, columns=None, scale=None, title=None, max_bytes=MAX_FIGURE_BYTES):

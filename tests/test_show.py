@@ -320,6 +320,9 @@ def test_table_and_run_time_and_map(monkeypatch):
 
     from lib import setup
     assert show.table([["paste", 0.12345, 3]], ["method", "error", "n"]).data.endswith("| paste | 0.123 | 3 |")
+    mixed = show.table([["a", "words", 0.5, "-"], ["b", "3 lost", -2, "~ 4 %"]], ["what", "said", "error", "share"]).data
+    assert mixed.splitlines()[1] == "| --- | --- | ---: | ---: |"
+    assert show.table([], ["what", "error"]).data == "| what | error |\n| --- | --- |"
     monkeypatch.setattr(setup, "times", dict)
     assert "not measured yet" in show.run_time("00").data
     monkeypatch.setattr(setup, "times", lambda: {"machine": {"cpu_cores": 2, "device": "cpu"},
