@@ -13,6 +13,6 @@ def test_the_widgets_of_lesson_12(lab):
         _, after = choose(page, "damage-explorer", "shadow removed")
         assert "shading 0.000" in after and "order" in after
         before, after = choose(page, "pairs-explorer", "guide", dropdown=2)
-        assert "guide - alpha" in after and before != after
+        assert "guide - geometry" in after and before != after
         _, after = choose(page, "pairs-explorer", "feat_dist", dropdown=1)
         assert after.startswith("feat_dist, guide - geometry") and after == text(page, "pairs-explorer")
