@@ -225,6 +225,8 @@ def disturb(folder, source, kills, rng, pack, slow, shard_size, log, pause, engi
 def drill(images=600, kills=6, folder=None, seed=0, pack="files", slow=0.002, shard_size=0, pause=(0.4, 1.6),
           say=print):
     """The whole drill; returns (faults, what happened). The folder is removed when nothing was wrong."""
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
     rng, base = random.Random(seed), Path(tempfile.mkdtemp(prefix="drill-", dir=folder))
     source, clean, disturbed = base / "in", base / "clean", base / "job"
     begin = time.time()
