@@ -116,8 +116,8 @@ def load_depth(name: str = "mini", device="cpu", dtype=None, quiet: bool = False
     "depth-anything-v2-metric", or a folder. A depth file or array needs no model: lib.depth.given."""
     if name == "given":
         raise ValueError("'given' is no model: read the depth file or array with lib.depth.given(path).")
-    name = DEPTH_ALIASES.get(name, name)
     folder, used = find(name, "depth")
+    name = _full_name(name, "depth")
     estimator = _depth(folder, name, device, dtype or torch.float32)
     estimator.used = used
     return _say(estimator, name, used, quiet)
@@ -181,7 +181,7 @@ def check_name(name: str, kind: str) -> None:
         if not _complete(Path(name), Spec(kind, "")):
             raise ValueError(f"The folder {name} is no {kind} model: {_marker(kind)} is missing in it.")
         return
-    spec = REGISTRY.get(DEPTH_ALIASES.get(str(name), str(name)) if kind == "depth" else str(name))
+    spec = REGISTRY.get(_full_name(name, kind))
     if spec is None or spec.kind != kind:
         known = ", ".join(_asked(n) for n, s in REGISTRY.items() if s.kind == kind)
         other = f" ({name} is a {spec.kind} model)" if spec else ""
@@ -189,12 +189,18 @@ def check_name(name: str, kind: str) -> None:
                          f"known: {known}, or the path of a model folder.")
 
 
+def _full_name(name, kind: str) -> str:
+    """The REGISTRY's name of what is asked for: the depth model "mini" is "mini-depth" there."""
+    return DEPTH_ALIASES.get(str(name), str(name)) if kind == "depth" else str(name)
+
+
 def find(name: str, kind: str) -> tuple[Path, str]:
     """(folder, where it came from) of a model of this kind; fetches it when it is not on this machine."""
     check_name(name, kind)
     if Path(name).is_dir():
         return Path(name), str(name)
-    name, spec, tried = str(name), REGISTRY[str(name)], []
+    name = _full_name(name, kind)
+    spec, tried = REGISTRY[name], []
     for folder in _folders(name, spec):
         if _complete(folder, spec):
             return folder, str(folder)

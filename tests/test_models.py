@@ -313,3 +313,10 @@ def test_the_shipped_models_load_if_they_are_here():
         pipe = models.load(name, quiet=True)
         size = pipe.unet.config.sample_size * pipe.vae_scale_factor
         assert pipe.unet.config.in_channels in (4, 9) and size >= 128
+
+
+def test_a_short_name_is_found_as_what_it_stands_for():
+    assert models.find("mini", "depth")[0] == models.find("mini-depth", "depth")[0]
+    assert models.find("mini", "pipeline")[0] != models.find("mini", "depth")[0]
+    with pytest.raises(ValueError, match="Unknown depth model 'sd15' .sd15 is a pipeline model."):
+        models.check_name("sd15", "depth")

@@ -181,3 +181,13 @@ def test_weights_are_small_and_have_cards_and_logs():
         assert card["quality"] and all(r["step"] > 0 for r in card["runs"].values())
         assert all((SHIPPED / name / f"log_{run}.csv").is_file() for run in card["runs"])
         assert "Measured quality" in Path(SHIPPED / name / "README.md").read_text()
+
+
+def test_the_inpainting_loss_looks_at_the_hole():
+    hole = torch.zeros(2, 1, 16, 16)
+    hole[0, :, 4:8, 4:8] = 1
+    hole[1] = 1
+    weight = train._where_it_paints(hole)
+    assert torch.allclose(weight.sum((1, 2, 3)), torch.ones(2))
+    assert torch.equal(weight[0, 0, 3:9, 3:9], weight[0, 0, 3, 3].expand(6, 6))       # and one latent around it
+    assert weight[0, 0, 3, 3] == pytest.approx(5 * float(weight[0, 0, 0, 0])) and weight[1].std() == 0
