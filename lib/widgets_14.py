@@ -179,7 +179,7 @@ def plan_view(thousands=25, serial=1.1, shared=1.4, devices=2, way=WAYS[0]):
     left.set_title(f"{way}: {total[devices - 1]:.2f} s an image on {devices} device{'s' * (devices > 1)}",
                    fontsize=9.5)
     left.set_ylabel("seconds an image")
-    right.plot(counts, counts, ":", color="#999999", label="ideal")
+    right.plot(counts, counts, ":", color="#333333", zorder=3, label="ideal")
     right.plot(counts, total[0] / total, "o-", color="#4c78a8", label=way)
     right.plot([devices], [total[0] / total[devices - 1]], "o", color="#e45756", markersize=9)
     right.set_title(f"{total[0] / total[devices - 1]:.2f} times as fast as one", fontsize=9.5)
