@@ -453,11 +453,11 @@ def _median(mask, kernel):
 class Shot:
     """One edit. Pictures (1, 3, H, W) at full size: paste2d, paste, result (None before the model ran).
 
-    object_layer (1, 4, H, W); hidden_by (1, 1, H, W); cut: DeGLaD layers at work size; facts: of the
-    report."""
+    object_layer (1, 4, H, W); hidden_by (1, 1, H, W); cut: DeGLaD layers at work size, for the report (None:
+    not asked for); facts: of the report."""
     photo: Photo
     place: Place
-    cut: deglad.Layers
+    cut: deglad.Layers | None
     object_layer: torch.Tensor
     hidden_by: torch.Tensor
     paste2d: torch.Tensor
@@ -466,10 +466,11 @@ class Shot:
     facts: dict = field(default_factory=dict)
 
 
-def composites(photo: Photo, place: Place, cutout, origin="") -> Shot:
-    """DeGLaD layers, and two plain composites: 2-D (over everything), depth-aware (behind what is nearer)."""
+def composites(photo: Photo, place: Place, cutout, origin="", layers=True) -> Shot:
+    """Two plain composites: 2-D (over everything), depth-aware (behind what is nearer); and DeGLaD layers, which
+    no composite needs: without a report, `layers=False` saves their time."""
     size = tuple(photo.image.shape[-2:])
-    cut = deglad.split(photo.small, photo.depth, place.at, soft=1.5, fill="telea")
+    cut = deglad.split(photo.small, photo.depth, place.at, soft=1.5, fill="telea") if layers else None
     hidden_by = occluder(photo, place)
     if tuple(hidden_by.shape[-2:]) != size:
         hidden_by = F.interpolate(hidden_by, size, mode="bilinear", align_corners=False)
@@ -485,8 +486,9 @@ def composites(photo: Photo, place: Place, cutout, origin="") -> Shot:
                          "is nearer; choose a smaller AT, or WHERE.")
     share = round(float(seen.sum() / alpha.sum()), 3)
     facts = {"object": {"from": origin, "height_px": round(place.height * size[0]),
-                        "foot": [place.x, place.y], "visible_share": share, "painted": cutout is None},
-             "layers": deglad.statistics(cut, photo.depth)}
+                        "foot": [place.x, place.y], "visible_share": share, "painted": cutout is None}}
+    if cut:
+        facts["layers"] = deglad.statistics(cut, photo.depth)
     return Shot(photo, place, cut, layer, hidden_by, featglac.over(layer[:, :3], alpha, photo.image),
                 featglac.over(layer[:, :3], seen, photo.image), facts=facts)
 

@@ -162,6 +162,17 @@ def test_a_large_picture_keeps_its_size_and_pixels(room, tiny_pipe, tmp_path):
         assert torch.equal(final.result[where], photo.image[where]), "what is in front of the object is not edited"
 
 
+def test_a_batch_s_edit_without_layers_is_the_same(room, tiny_pipe):
+    photo = edit.read_photo(room / "room.png", room / "room_mm.png")
+    cutout, kind, _ = edit.read_cutout(room / "toy.png")
+    place = edit.stand(photo, "2m", cutout, kind)
+    both = [edit.composites(photo, place, cutout, layers=layers) for layers in (True, False)]
+    assert both[0].cut is not None and both[1].cut is None and "layers" not in both[1].facts
+    done = [edit.with_model(shot, tiny_pipe, steps=2, generator=torch.Generator().manual_seed(0)) for shot in both]
+    for name in ("paste2d", "paste", "hidden_by", "object_layer", "result"):
+        assert torch.equal(*(getattr(shot, name) for shot in done)), name
+
+
 def test_a_noisy_sensor_makes_no_blotches_on_the_floor(room):
     """The shadow is thrown on the plane that was fitted to the floor, not on the sensor's noise."""
     metres = depth.given(room / "room_mm.png").metres()
