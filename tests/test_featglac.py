@@ -185,7 +185,7 @@ def test_residual_decoding_changes_nothing_where_the_latent_did_not_change(tiny_
     assert torch.allclose(
         featglac._decode(job, job.latent("composite")),
         latents.round_trip(tiny_pipe, job.composite),
-        atol=1e-5,
+        atol=1e-4,  # encoded alone, and in a batch of two: the last bits differ, on some processors more
     )
 
 
