@@ -282,10 +282,13 @@ def _edits(folder, count, steps, device, model, dtype, say):
             found = timed_run(job, workers, device, pin=device == "cpu")
         states, passes = batch.status(job), [row["metrics"].get("passes", 0) for row in found["rows"]]
         each = operations(model, size).image(float(np.mean(passes)))
+        speed, words = found["rate"], ""
+        if not speed:
+            speed, words = len(passes) / found["wall"], " (the start of the process included: more edits tell more)"
         say(f"the real pipeline, {steps} steps, {size} x {size}, {workers} process{'es' * (workers > 1)} on "
-            f"{device}: {found['rate']:.3f} images/s, {states['ok']} of {count} ok")
+            f"{device}: {speed:.3g} images/s{words}, {states['ok']} of {count} ok")
         say(f"            {np.mean(passes):.0f} passes and {each:.3g} TFLOP an image: "
-            f"{each * found['rate']:.3g} TFLOP/s; in inference {found['busy']:.0%} of a worker's time; "
+            f"{each * speed:.3g} TFLOP/s; in inference {found['busy']:.0%} of a worker's time; "
             + watch.words(found["rows"]))
         say(f"            commits {found['commit']:.2%} of the time ({found['wait']:.2%} waited for)")
         show_memory(found["rows"], say, "real pipeline")

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import io
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -188,10 +189,14 @@ class Layers(Processor):
         return entry["depth"] if entry["depth"] is not None else self.estimate(entry["image"])
 
     def infer(self, inputs, seeds, precise=False):
-        outputs = []
-        for entry, seed in zip(inputs, seeds):
-            self.alive()
-            outputs.append(self._named(self.one, entry, seed, precise))
+        """One by one; the next picture is prepared (another thread) while the device is at this one."""
+        outputs, following = [], None
+        with ThreadPoolExecutor(1, "ahead") as ahead:
+            for k, seed in enumerate(seeds):
+                self.alive()
+                ready = following.result() if following else self._named(self.prepare, inputs[k])
+                following = ahead.submit(self._named, self.prepare, inputs[k + 1]) if k + 1 < len(inputs) else None
+                outputs.append(self._named(self.one, ready, seed, precise))
         return outputs
 
     @staticmethod
@@ -202,10 +207,15 @@ class Layers(Processor):
         except ValueError as error:
             raise BadInput(str(error)) from error
 
-    def one(self, entry, seed, precise):
+    def prepare(self, entry):
+        """What needs no seed and no large model: here, the picture and its depth."""
+        return entry["image"], self.depth(entry)
+
+    def one(self, prepared, seed, precise):
+        """prepared: what `prepare` gave -> Output."""
         from lib import deglad
-        found = self.depth(entry)
-        cut = deglad.split(entry["image"], found, self.settings["at"], soft=1.5)
+        image, found = prepared
+        cut = deglad.split(image, found, self.settings["at"], soft=1.5)
         facts = {"fg_share": float(cut.mask.mean()), "measured": float(found.valid.mean())}
         return Output(cut.foreground[0].permute(1, 2, 0).numpy(), facts)
 
@@ -242,7 +252,7 @@ class Edit(Layers):
                 "steps": 50,
                 "where": "auto", "height": "auto", "depth_model": "mini", "near_is": "", "max_side": 768,
                 "dtype": "auto"}
-    batch = 2
+    batch = 4
 
     def __init__(self, settings, device="cpu"):
         super().__init__(settings, device)
@@ -277,16 +287,20 @@ class Edit(Layers):
             found["insert"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         return found
 
-    def one(self, entry, seed, precise):
-        import torch
-
+    def prepare(self, entry):
+        """A Shot before the model's part: depth, place, composites."""
         from lib import edit
         found, image, chosen = self.depth(entry), entry["image"], self.settings
         small = edit._shrink(image, edit.WORK_SIDE)
         photo = edit.Photo(image, small, found.resize(small.shape[-2:]), entry["focal"][0], entry["name"], {})
         place = edit.stand(photo, chosen["at"], self.cutout, self.kind, chosen["where"], chosen["height"])
-        shot = edit.composites(photo, place, self.cutout, self.origin, layers=False)
-        generator = torch.Generator("cpu").manual_seed(seed)
+        return edit.composites(photo, place, self.cutout, self.origin, layers=False)
+
+    def one(self, shot, seed, precise):
+        import torch
+
+        from lib import edit
+        chosen, place, generator = self.settings, shot.place, torch.Generator("cpu").manual_seed(seed)
         with self._precision(precise):
             shot = edit.with_model(shot, self.pipe, chosen["prompt"] or self.words, chosen["mechanism"],
                                    generator,

@@ -977,6 +977,29 @@ def test_an_edit_gives_signs_of_life(tmp_path):
     assert len(lived) > 6                                         # the passes of the model, not only the picture
 
 
+class Halves(processors.Layers):
+    """Half a second before the model's part, half a second in it."""
+
+    def prepare(self, entry):
+        if entry == "bad":
+            raise ValueError("nothing is nearer")
+        time.sleep(0.5)
+        return entry
+
+    def one(self, prepared, seed, precise):
+        time.sleep(0.5)
+        return Output(np.zeros((2, 2, 3)), {"entry": prepared, "seed": seed})
+
+
+def test_the_next_picture_is_prepared_while_the_model_works():
+    begin = time.perf_counter()
+    made = Halves({}).infer(list("abcd"), [1, 2, 3, 4])
+    assert 2.4 < time.perf_counter() - begin < 3.5                 # one after the other: 4
+    assert [out.metrics for out in made] == [{"entry": e, "seed": k + 1} for k, e in enumerate("abcd")]
+    with pytest.raises(BadInput, match="nothing is nearer"):
+        Halves({}).infer(["a", "bad", "c"], [1, 2, 3])
+
+
 def test_a_worker_that_cannot_start_ends_the_run_at_once(tmp_path, source):
     (tmp_path / "never.py").write_text("from lib.processors import Tint\nclass Never(Tint):\n"
                                        "    def __init__(self, *a): raise RuntimeError('the model is not "

@@ -89,3 +89,15 @@ def test_the_real_pipeline_with_random_weights(monkeypatch):
     text = "\n".join(said)
     assert "128 x 128, 1 process on cpu" in text and "3 of 3 ok" in text and "TFLOP/s; in inference" in text
     assert "device busy: not measured" in text and "commits" in text and "memory      real pipeline" in text
+
+
+def test_the_rate_of_one_batch_says_what_is_in_it(monkeypatch):
+    """From its first commit to its last one batch takes no time, so its rate is 0: never printed as such."""
+    row = {"time": 1.0, "worker": "a", "peak_mb": 9.0, "status": "ok", "metrics": {"passes": 4}}
+    found = {"code": 0, "rate": 0.0, "parent": 0, "wall": 4.0, "rows": [row], "busy": 1, "commit": 0, "wait": 0}
+    monkeypatch.setattr(bench, "timed_run", lambda *a, **k: found)
+    monkeypatch.setattr(bench.batch, "status", lambda job: {"ok": 1})
+    monkeypatch.setattr(bench.jobs, "open_or_create", lambda *a, **k: None)
+    said = []
+    bench._edits("", 1, 2, "cpu", "mini", "auto", said.append)
+    assert "0.25 images/s (the start of the process included" in said[0]
