@@ -142,6 +142,53 @@ def test_right_and_wrong_answers_written_into_the_cell(number, name, capsys):
     assert checks.RESULTS[name].mistake == mistake
 
 
+def by_hand(x0, t, noise, betas):
+    """The jump in plain Python: a loop and roots of floats."""
+    left = 1.0
+    for i in range(t + 1):
+        left *= 1 - float(betas[i])
+    return math.sqrt(left) * x0 + math.sqrt(1 - left) * noise
+
+
+def precisions(x0, x_t, t, betas):
+    """The posterior as a product of two Gaussians: precisions add up."""
+    a = (1 - betas[:t]).prod()
+    variance = 1 / ((1 - betas[t]) / betas[t] + 1 / (1 - a))
+    return ((1 - betas[t]).sqrt() / betas[t] * x_t + a.sqrt() / (1 - a) * x0) * variance, variance
+
+
+def through_x0(eps, t, x, noise, betas):
+    """The DDPM step as section 9 has it, by the predicted picture, with the variance beta; picture by picture."""
+    a = (1 - betas).cumprod(0)
+    x0 = (x - (1 - a[t]).sqrt() * eps) / a[t].sqrt()
+    mean = x0 if t == 0 else precisions(x0, x, t, betas)[0]
+    return torch.stack([m + (betas[t].sqrt() * n if t else 0) for m, n in zip(mean, noise)])
+
+
+def number(convert):
+    return lambda *given: (precisions(*given)[0], convert(precisions(*given)[1]))
+
+
+@pytest.mark.parametrize("name, answer", [
+    ("q_sample", by_hand), ("q_sample", lambda x0, t, noise, betas: checks.find("q_sample").reference(x0, t, noise, betas.double())),
+    ("posterior", precisions), ("posterior", number(float)), ("posterior", number(lambda v: v.view(1, 1, 1, 1))),
+    ("posterior", number(lambda v: v.double())), ("posterior", number(lambda v: v.numpy())), ("ddpm_step", through_x0),
+    ("ddim_step", lambda eps, x, abar, abar_prev: (abar_prev / abar) ** 0.5 * x + eps * (
+        math.sqrt(1 - abar_prev) - math.sqrt(abar_prev * (1 - abar) / abar))),
+    ("guide", torch.lerp), ("guide", lambda uncond, cond, scale: cond + (scale - 1) * (cond - uncond))])
+def test_a_right_answer_in_another_style_passes(name, answer):
+    assert checks.find(name).run(answer).status == "pass"
+
+
+@pytest.mark.parametrize("name, answer", [
+    ("ddpm_step", lambda eps, t, x, noise, betas: through_x0(eps, t, x, noise * (t > 1), betas)),       # wrong at t = 1 only
+    ("guide", lambda uncond, cond, scale: uncond + (scale or 1.0) * (cond - uncond)),                  # wrong at scale 0 only
+    ("q_sample", lambda x0, t, noise, betas: by_hand(x0, max(t, 1), noise, betas)),                    # wrong at t = 0 only
+    ("posterior", number(lambda v: v * torch.ones(2, 3, 4, 5)))])
+def test_an_answer_that_is_wrong_in_one_place_fails(name, answer):
+    assert checks.find(name).run(answer).status == "fail"
+
+
 # ---------------------------------------------------------------- widgets
 @pytest.fixture(scope="module")
 def model():
