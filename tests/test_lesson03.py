@@ -1,5 +1,6 @@
 """Lesson 03: its form beyond the common one, its built pieces, its exercises, its widgets and its promises."""
 import ast
+import contextlib
 import math
 import re
 from pathlib import Path
@@ -40,6 +41,34 @@ def test_nothing_but_the_exercises_uses_the_exercises():
     for name, source in CODE.items():
         names = {n.id for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)}
         assert name.endswith("-code") or not names & (set(EXERCISES) - {"guide"}), name
+
+
+@pytest.mark.parametrize("wrong", [{"STEPS": 501}, {"STEPS": 0}, {"TRAIN_STEPS": 0}, {"SIZE": 60}, {"TRAIN_SIZE": 20},
+                                   {"KIND": "sofa"}])
+def test_a_parameter_that_cannot_be_is_refused_before_anything_runs(wrong):
+    space = {"setup": setup}
+    exec(CODE["parameters"], space)
+    exec(CODE["configure"], {**space, "SMOKE": True})
+    with pytest.raises(ValueError, match="STEPS must be 1 to 500"):
+        exec(CODE["configure"], {**space, **wrong})
+
+
+def test_the_parts_that_are_swapped_are_the_skip_and_what_comes_from_below():
+    """The picture's own noise reaches the output by the finest skip alone; the hooks are gone afterwards."""
+    (changed,) = lifted("changed", shipped=(net := diffusion.load_teach()), contextmanager=contextlib.contextmanager)
+    seen = []
+    handle = net.up0.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
+    x, fine = rand(2, 3, 16, 16), net.config["channels"][0]
+    skip = []
+    other = net.down0.register_forward_hook(lambda m, i, o: skip.append(o))
+    plain = net(x, 400)
+    assert torch.equal(seen[0][:, -fine:], skip[0])                      # the last `fine` channels are the skip
+    with changed("up0", before=lambda x: torch.cat([x[:, :-fine], x[:, -fine:].roll(1, 0)], dim=1)):
+        assert not torch.allclose(net(x, 400), plain, atol=1e-2)
+    with changed("mid_attention", after=lambda x, y: x):
+        assert not torch.equal(net(x, 400), plain)
+    assert torch.equal(net(x, 400), plain)
+    handle.remove(), other.remove()
 
 
 # ---------------------------------------------------------------- the pieces that are built in the notebook
