@@ -71,6 +71,25 @@ def test_the_parts_that_are_swapped_are_the_skip_and_what_comes_from_below():
     handle.remove(), other.remove()
 
 
+def test_the_table_of_swapped_parts_shows_what_is_said_of_it():
+    """A stranger's finest skip brings a stranger's noise (error 2); a stranger's coarse features still let most be found."""
+    class Seen:
+        def table(self, rows, head):
+            self.rows = {name: numbers for name, *numbers in rows}
+    class Seeds:
+        device = "cpu"
+        generator = staticmethod(lambda k: torch.Generator().manual_seed(k))
+    rooms, _ = diffusion.teach_pictures(3, 64, "val")
+    space = {"shipped": diffusion.load_teach(), "rooms": rooms, "cosine": diffusion.teach_scheduler(), "run": Seeds(),
+             "show": (seen := Seen()), "torch": torch, "diffusion": diffusion}
+    for cell in ("ablate", "noise-error", "ablate-table"):
+        exec(CODE[cell], space)
+    rows = {name.split()[-1]: numbers for name, numbers in seen.rows.items()}
+    assert all(1.7 < error < 2.5 for error in rows["skip"])
+    for plain, coarse, told in zip(rows["network"], rows["features"], rows["high)"]):
+        assert 2 * plain < coarse < 0.9 and told > 2 * plain
+
+
 # ---------------------------------------------------------------- the pieces that are built in the notebook
 def lifted(*names, **space):
     """Functions and classes of the notebook by name, in a namespace of their own."""
