@@ -183,6 +183,8 @@ def difference(answer, expected, tolerance=1e-4):
         return _tuple_difference(answer, expected, tolerance)
     if answer is None:
         return "your function returns None: is `return` missing?", "no return"
+    if isinstance(answer, torch.Tensor) and answer.numel() != 1 and isinstance(expected, (int, float)):
+        return f"your function gives a tensor of shape {tuple(answer.shape)}; it should give one number.", "shape"
     if not isinstance(expected, torch.Tensor):
         return f"your function gives {answer!r}, the reference {expected!r}.", "value"
     if not isinstance(answer, torch.Tensor):
@@ -233,10 +235,11 @@ def _value_difference(a, e, tolerance):
     if e.min() >= 0 and e.max() <= 1 and close(1 - a):
         return "your answer is 1 minus the right one: near and far, or inside and outside, are swapped.", "flipped"
     ratio = float((a * e).sum() / (a * a).sum().clamp_min(1e-30))
-    if ratio != 0 and close(a * ratio):
+    alike = close(a)                                     # too near to tell a scale or an offset from anything else
+    if not alike and ratio != 0 and close(a * ratio):
         return f"the scale is wrong: your values are {1 / ratio:.6g} times the right ones.", "scale"
     offset = float((a - e).mean())
-    if close(a - offset):
+    if not alike and close(a - offset):
         return f"your values are all {offset:+.4g} off.", "offset"
     if e.min() >= 0 and e.max() <= 1 and (a.min() < -tolerance or a.max() > 1 + tolerance):
         return f"the range is [{a.min():.3g}, {a.max():.3g}], it should stay in [0, 1].", "range"

@@ -249,6 +249,9 @@ register(Check(
         Wrong("lerp", _lerp,
               "this is lerp, the straight line: halfway between two noises its standard deviation is only "
               "about 0.71. slerp goes around the sphere, with sines of the angle."),
+        Wrong("right angle assumed", lambda a, b, w: _arc(a, b, w, torch.tensor(math.pi / 2)),
+              "you take the angle to be 90 degrees. Two large noises come close to that, but not exactly, and these are "
+              "small: measure the angle."),
         Wrong("ends swapped", lambda a, b, w: _arc(b, a, w, _angle(a, b)),
               "the ends are swapped: w = 0 must give a, and w = 1 must give b."),
         Wrong("sine of the angle missing",

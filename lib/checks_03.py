@@ -22,7 +22,7 @@ def q_sample(x0, t, noise, betas):
 
 
 def _q_sample_cases(g):
-    return [(_rand(g, 2, 3, 4, 5), t, _rand(g, 2, 3, 4, 5), _betas(g)) for t in (1, 17, 55)]
+    return [(_rand(g, 2, 3, 4, 5), t, _rand(g, 2, 3, 4, 5), _betas(g)) for t in (0, 1, 17, 55)]
 
 
 def _jump(share, signal=torch.sqrt, spread=lambda a: (1 - a).sqrt()):
@@ -54,6 +54,19 @@ register(Check(
         Wrong("off by one", _jump(lambda betas, t: (1 - betas)[:t].prod()),
               "you are one step short: [:t] ends at t - 1. Timestep 0 has already had one step of noise, so abar_t "
               "includes beta_t."),
+        Wrong("first beta left out", _jump(lambda betas, t: (1 - betas)[1:t + 1].prod()),
+              "your product begins at index 1, so beta_0 is left out. The papers call the first step 1, code calls it 0: "
+              "abar_t has the t + 1 factors (1 - betas)[:t + 1]."),
+        Wrong("one index low", _jump(lambda betas, t: (1 - betas).cumprod(0)[t - 1]),
+              "you take abar[t - 1], one step short; and at t = 0 the index -1 is the LAST entry, almost pure noise. "
+              "abar[t] is the level of timestep t."),
+        Wrong("one step too far", _jump(lambda betas, t: (1 - betas).cumprod(0)[t + 1]),
+              "you take abar[t + 1], one step of noise too many: abar[t] already includes the step of timestep t."),
+        Wrong("sum of the betas", _jump(lambda betas, t: 1 - betas[:t + 1].sum()),
+              "you subtract the sum of the betas. Each step keeps a share of what is LEFT, so the shares 1 - beta are "
+              "multiplied."),
+        Wrong("not shrunk", _jump(_abar, torch.ones_like),
+              "x_0 is not shrunk: it is multiplied by sqrt(abar), or else the numbers would grow with every step."),
         Wrong("swapped", _jump(_abar, lambda a: (1 - a).sqrt(), torch.sqrt),
               "signal and noise are swapped: at small t the picture should be almost clean, so sqrt(abar) belongs to "
               "x_0."),
@@ -71,16 +84,25 @@ def posterior(x0, x_t, t, betas):
     return mean, (1 - abar[t - 1]) / (1 - abar[t]) * betas[t]
 
 
+def _in_numbers(x0, x_t, t, betas):
+    """`posterior` with a plain number for the variance: then a number and a tensor of one value are both right."""
+    mean, variance = posterior(x0, x_t, t, betas)
+    return mean, float(variance)
+
+
 def _posterior_cases(g):
     return [(_rand(g, 2, 3, 4, 5), _rand(g, 2, 3, 4, 5), t, _betas(g)) for t in (1, 12, 50)]
 
 
-def _back(mean=None, variance=None, shift=0):
-    """A mistaken posterior: another mean or variance, both as functions of (x0, x_t, beta, abar, abar before)."""
+def _back(mean=None, variance=None, shift=0, late=0):
+    """A mistaken posterior: another mean or variance, both as functions of (x0, x_t, beta, abar, abar before).
+
+    shift: how much too high the index of abar before is; late: how much too low all indices are.
+    """
     def answer(x0, x_t, t, betas):
-        abar = (1 - betas).cumprod(0)
+        abar, t = (1 - betas).cumprod(0), t - late
         given = x0, x_t, betas[t], abar[t], abar[t - 1 + shift]
-        return (mean or _right_mean)(*given), (variance or _right_variance)(*given)
+        return (mean or _right_mean)(*given), float((variance or _right_variance)(*given))
     return answer
 
 
@@ -88,7 +110,7 @@ _right_mean = lambda x0, x, b, a, p: (p.sqrt() * b * x0 + (1 - b).sqrt() * (1 - 
 _right_variance = lambda x0, x, b, a, p: (1 - p) / (1 - a) * b
 
 register(Check(
-    name="posterior", reference=posterior, cases=_posterior_cases,
+    name="posterior", reference=_in_numbers, cases=_posterior_cases,
     source="lib.checks_03:posterior lib.diffusion:posterior",
     praise="Right: a weighted mean of where we are and where we come from, and a variance smaller than beta.",
     hints=["Two values to return: the mean (a picture) and the variance (one number). Compute alpha_t = 1 - beta_t and "
@@ -101,6 +123,11 @@ register(Check(
               "more certain: multiply by (1 - abar[t-1]) / (1 - abar[t])."),
         Wrong("off by one", _back(shift=1),
               "you use abar[t] where abar[t - 1] belongs, so the factor (1 - abar[t-1]) / (1 - abar[t]) has become 1."),
+        Wrong("counted from 1", _back(late=1),
+              "all your indices are one too low: you count the steps from 1, as the papers do. In code timestep t has "
+              "betas[t] and abar[t], and the level before it has abar[t - 1]."),
+        Wrong("not divided", _back(lambda x0, x, b, a, p: (1 - a) * _right_mean(x0, x, b, a, p)),
+              "the mean is not divided by 1 - abar[t]: without it the two weights are far too small."),
         Wrong("standard deviation", _back(variance=lambda *v: _right_variance(*v).sqrt()),
               "the second value is the standard deviation; the task asks for the variance (do not take the root)."),
         Wrong("swapped", _back(lambda x0, x, b, a, p: _right_mean(x, x0, b, a, p)),
@@ -124,15 +151,23 @@ def ddpm_step(eps, t, x, noise, betas):
 
 
 def _ddpm_cases(g):
-    return [(_rand(g, 2, 3, 4, 5), t, _rand(g, 2, 3, 4, 5), _rand(g, 2, 3, 4, 5), _betas(g)) for t in (0, 9, 48)]
+    return [(_rand(g, 2, 3, 4, 5), t, _rand(g, 2, 3, 4, 5), _rand(g, 2, 3, 4, 5), _betas(g)) for t in (0, 1, 9, 48)]
 
 
-def _down(mean=lambda eps, x, b, a: (x - b / (1 - a).sqrt() * eps) / (1 - b).sqrt(), spread=torch.sqrt, last=0.0):
-    """A mistaken DDPM step; `last` is what the noise is multiplied by at t = 0."""
+def _down(mean=lambda eps, x, b, a: (x - b / (1 - a).sqrt() * eps) / (1 - b).sqrt(), spread=torch.sqrt, quiet=(0,)):
+    """A mistaken DDPM step; no noise is added at the timesteps of `quiet`."""
     def answer(eps, t, x, noise, betas):
         a = (1 - betas).cumprod(0)[t]
-        return mean(eps, x, betas[t], a) + spread(betas[t]) * noise * (1.0 if t else last)
+        return mean(eps, x, betas[t], a) + spread(betas[t]) * noise * (t not in quiet)
     return answer
+
+
+def _surer(eps, t, x, noise, betas):
+    """The DDPM step with the variance of the posterior."""
+    if t == 0:
+        return ddpm_step(eps, t, x, noise, betas)
+    _, variance = posterior(eps, x, t, betas)
+    return ddpm_step(eps, t, x, 0 * noise, betas) + variance.sqrt() * noise
 
 
 register(Check(
@@ -143,9 +178,15 @@ register(Check(
            "The right amount is beta_t / sqrt(1 - abar_t). Then add sqrt(beta_t) * noise.",
            "At t = 0 there is no further level to be at: return the mean alone."],
     wrongs=[
-        Wrong("noise at the last step", _down(last=1.0),
+        Wrong("noise at the last step", _down(quiet=()),
               "you add noise in the last step (t = 0) too. Nothing comes after it that could take that noise away "
               "again: return the mean there."),
+        Wrong("quiet one step early", _down(quiet=(0, 1)),
+              "you add no noise at t = 1. The papers' last step has the number 1; in code the last step is t = 0, and "
+              "only that one is without noise."),
+        Wrong("posterior variance", _surer,
+              "your noise has the variance of the posterior, beta (1 - abar[t-1]) / (1 - abar[t]). That is DDPM's other "
+              "choice, the one of section 9; here sigma^2 = beta is asked for."),
         Wrong("variance for standard deviation", _down(spread=lambda b: b),
               "the noise is multiplied by beta, the variance: it should be its square root."),
         Wrong("adds the noise", _down(lambda eps, x, b, a: (x + b / (1 - a).sqrt() * eps) / (1 - b).sqrt()),
@@ -156,6 +197,12 @@ register(Check(
         Wrong("alpha for alpha-bar", _down(lambda eps, x, b, a: (x - b / b.sqrt() * eps) / (1 - b).sqrt()),
               "under the fraction stands sqrt(1 - alpha_t); x_t carries the noise of all steps so far, so it is "
               "sqrt(1 - abar_t)."),
+        Wrong("sqrt forgotten", _down(lambda eps, x, b, a: (x - b / (1 - a) * eps) / (1 - b).sqrt()),
+              "eps is divided by 1 - abar_t: the square root under the fraction is missing."),
+        Wrong("not divided", _down(lambda eps, x, b, a: x - b / (1 - a).sqrt() * eps),
+              "the division by sqrt(alpha_t) is missing: it undoes the shrinking of the step forward."),
+        Wrong("fresh noise divided", _down(spread=lambda b: (b / (1 - b)).sqrt()),
+              "the fresh noise is divided by sqrt(alpha_t) as well. Add it after the division, to the mean."),
         Wrong("all noise at once", _down(lambda eps, x, b, a: (x - (1 - a).sqrt() * eps) / (1 - b).sqrt()),
               "you take all the predicted noise away in one step. One step takes beta_t / sqrt(1 - abar_t) of it."),
         Wrong("no noise", _down(spread=lambda b: 0 * b),
@@ -200,6 +247,11 @@ register(Check(
               "abar and 1 - abar are variances: take square roots in both lines."),
         Wrong("noise of the old level", _jump_down(again=lambda x0, eps, a, p: p.sqrt() * x0 + (1 - a).sqrt() * eps),
               "x_0 is at the new level, but the noise is put back as strong as before: sqrt(1 - abar_prev)."),
+        Wrong("no noise put back", _jump_down(again=lambda x0, eps, a, p: p.sqrt() * x0),
+              "x_0 is at the new level, but the noise is gone: put the same eps back, sqrt(1 - abar_prev) of it."),
+        Wrong("clipped", _jump_down(lambda eps, x, a: ((x - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-1, 1)),
+              "you clip the predicted x_0 to [-1, 1]. For pictures that helps (section 9 does it), but a latent has no "
+              "such limits, and here the step without clipping is asked for."),
         Wrong("upwards", lambda eps, x, abar, abar_prev: ddim_step(eps, x, abar_prev, abar),
               "abar and abar_prev are swapped: this walks UP, towards the noise. (It is DDIM inversion, lesson 09.)"),
     ]))
@@ -213,7 +265,7 @@ def guide(uncond, cond, scale):
 
 
 def _guide_cases(g):
-    return [(_rand(g, 2, 3, 4, 5), _rand(g, 2, 3, 4, 5), scale) for scale in (1.0, 3.0, 7.5)]
+    return [(_rand(g, 2, 3, 4, 5), _rand(g, 2, 3, 4, 5), scale) for scale in (0.0, 1.0, 3.0, 7.5)]
 
 
 register(Check(

@@ -77,6 +77,8 @@ def ddim(pipe, steps: int):
         raise ValueError(f"steps must be a whole number from 1 to {total}, but it is {steps!r}.")
     scheduler = DDIMScheduler.from_config(source.config)
     scheduler.set_timesteps(steps)
+    if int(scheduler.timesteps.max()) >= total:  # every timestep, and the offset of this scheduler on top
+        raise ValueError(f"{steps} steps reach beyond the last timestep, {total - 1}, of this schedule: take fewer.")
     return scheduler
 
 
@@ -415,7 +417,7 @@ def count_passes(unet):
 
 # ---------------------------------------------------------------- the teaching U-Net
 def timestep_embedding(t, width: int, max_period: float = 10_000.0) -> torch.Tensor:
-    """(B,) timesteps -> (B, width): cosines, then sines, of t at width/2 frequencies from 1 to 1/max_period.
+    """(B,) timesteps -> (B, width): cosines, then sines, of t at width/2 frequencies from 1 to almost 1/max_period.
 
     Equal to diffusers' `Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)`, as in SD.
     """

@@ -173,6 +173,13 @@ def test_tuples_and_numbers():
     assert "2 values" in difference(torch.ones(2), (torch.ones(2), 1.0))[0]
     assert difference(torch.tensor(0.5), 0.5) is None and difference(np.float64(0.5), 0.5) is None
     assert difference("near", 0.5)[1] == "value" and difference(True, False)[1] == "value"
+    assert difference(torch.ones(2, 3), 0.5) == ("your function gives a tensor of shape (2, 3); it should give one number.", "shape")
+
+
+def test_a_small_difference_is_not_called_a_scale():
+    right = torch.linspace(-2, 2, 50)
+    assert difference(right + 1e-3 * torch.sin(9 * right), right)[1] == "value"
+    assert difference(1.01 * right, right)[1] == "scale" and difference(right + 0.01, right)[1] == "offset"
 
 
 def test_an_infinity_where_one_belongs_is_right():

@@ -38,6 +38,14 @@ def test_ddim_step_equals_the_schedulers(kind, more):
         )
 
 
+def test_steps_beyond_the_last_timestep_are_refused():
+    """With an offset of 1, a thousand steps would begin at timestep 1000, which no schedule has."""
+    with pytest.raises(ValueError, match="beyond the last timestep, 999"):
+        diffusion.ddim(scheduler(), 1000)
+    for fits in (diffusion.ddim(scheduler(), 999), diffusion.ddim(scheduler(steps_offset=0), 1000)):
+        assert int(fits.timesteps.max()) == 999
+
+
 def test_ddim_step_with_eta_equals_the_schedulers():
     ours = diffusion.ddim(scheduler(), 20)
     z, out = rand(1, 4, 8, 8), rand(1, 4, 8, 8, seed=1)

@@ -1,5 +1,6 @@
 """Lesson 03: its form beyond the common one, its built pieces, its exercises, its widgets and its promises."""
 import ast
+import contextlib
 import math
 import re
 from pathlib import Path
@@ -40,6 +41,53 @@ def test_nothing_but_the_exercises_uses_the_exercises():
     for name, source in CODE.items():
         names = {n.id for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)}
         assert name.endswith("-code") or not names & (set(EXERCISES) - {"guide"}), name
+
+
+@pytest.mark.parametrize("wrong", [{"STEPS": 501}, {"STEPS": 0}, {"TRAIN_STEPS": 0}, {"SIZE": 60}, {"TRAIN_SIZE": 20},
+                                   {"KIND": "sofa"}])
+def test_a_parameter_that_cannot_be_is_refused_before_anything_runs(wrong):
+    space = {"setup": setup}
+    exec(CODE["parameters"], space)
+    exec(CODE["configure"], {**space, "SMOKE": True})
+    with pytest.raises(ValueError, match="STEPS must be 1 to 500"):
+        exec(CODE["configure"], {**space, **wrong})
+
+
+def test_the_parts_that_are_swapped_are_the_skip_and_what_comes_from_below():
+    """The picture's own noise reaches the output by the finest skip alone; the hooks are gone afterwards."""
+    (changed,) = lifted("changed", shipped=(net := diffusion.load_teach()), contextmanager=contextlib.contextmanager)
+    seen = []
+    handle = net.up0.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
+    x, fine = rand(2, 3, 16, 16), net.config["channels"][0]
+    skip = []
+    other = net.down0.register_forward_hook(lambda m, i, o: skip.append(o))
+    plain = net(x, 400)
+    assert torch.equal(seen[0][:, -fine:], skip[0])                      # the last `fine` channels are the skip
+    with changed("up0", before=lambda x: torch.cat([x[:, :-fine], x[:, -fine:].roll(1, 0)], dim=1)):
+        assert not torch.allclose(net(x, 400), plain, atol=1e-2)
+    with changed("mid_attention", after=lambda x, y: x):
+        assert not torch.equal(net(x, 400), plain)
+    assert torch.equal(net(x, 400), plain)
+    handle.remove(), other.remove()
+
+
+def test_the_table_of_swapped_parts_shows_what_is_said_of_it():
+    """A stranger's finest skip brings a stranger's noise (error 2); a stranger's coarse features still let most be found."""
+    class Seen:
+        def table(self, rows, head):
+            self.rows = {name: numbers for name, *numbers in rows}
+    class Seeds:
+        device = "cpu"
+        generator = staticmethod(lambda k: torch.Generator().manual_seed(k))
+    rooms, _ = diffusion.teach_pictures(3, 64, "val")
+    space = {"shipped": diffusion.load_teach(), "rooms": rooms, "cosine": diffusion.teach_scheduler(), "run": Seeds(),
+             "show": (seen := Seen()), "torch": torch, "diffusion": diffusion}
+    for cell in ("ablate", "noise-error", "ablate-table"):
+        exec(CODE[cell], space)
+    rows = {name.split()[-1]: numbers for name, numbers in seen.rows.items()}
+    assert all(1.7 < error < 2.5 for error in rows["skip"])
+    for plain, coarse, told in zip(rows["network"], rows["features"], rows["high)"]):
+        assert 2 * plain < coarse < 0.9 and told > 2 * plain
 
 
 # ---------------------------------------------------------------- the pieces that are built in the notebook
@@ -140,6 +188,53 @@ def test_right_and_wrong_answers_written_into_the_cell(number, name, capsys):
     assert f"[ok] {name}" in capsys.readouterr().out
     exec(source.replace("    ...\n", f"    {wrong}\n"), {"check": checks.check})
     assert checks.RESULTS[name].mistake == mistake
+
+
+def by_hand(x0, t, noise, betas):
+    """The jump in plain Python: a loop and roots of floats."""
+    left = 1.0
+    for i in range(t + 1):
+        left *= 1 - float(betas[i])
+    return math.sqrt(left) * x0 + math.sqrt(1 - left) * noise
+
+
+def precisions(x0, x_t, t, betas):
+    """The posterior as a product of two Gaussians: precisions add up."""
+    a = (1 - betas[:t]).prod()
+    variance = 1 / ((1 - betas[t]) / betas[t] + 1 / (1 - a))
+    return ((1 - betas[t]).sqrt() / betas[t] * x_t + a.sqrt() / (1 - a) * x0) * variance, variance
+
+
+def through_x0(eps, t, x, noise, betas):
+    """The DDPM step as section 9 has it, by the predicted picture, with the variance beta; picture by picture."""
+    a = (1 - betas).cumprod(0)
+    x0 = (x - (1 - a[t]).sqrt() * eps) / a[t].sqrt()
+    mean = x0 if t == 0 else precisions(x0, x, t, betas)[0]
+    return torch.stack([m + (betas[t].sqrt() * n if t else 0) for m, n in zip(mean, noise)])
+
+
+def number(convert):
+    return lambda *given: (precisions(*given)[0], convert(precisions(*given)[1]))
+
+
+@pytest.mark.parametrize("name, answer", [
+    ("q_sample", by_hand), ("q_sample", lambda x0, t, noise, betas: checks.find("q_sample").reference(x0, t, noise, betas.double())),
+    ("posterior", precisions), ("posterior", number(float)), ("posterior", number(lambda v: v.view(1, 1, 1, 1))),
+    ("posterior", number(lambda v: v.double())), ("posterior", number(lambda v: v.numpy())), ("ddpm_step", through_x0),
+    ("ddim_step", lambda eps, x, abar, abar_prev: (abar_prev / abar) ** 0.5 * x + eps * (
+        math.sqrt(1 - abar_prev) - math.sqrt(abar_prev * (1 - abar) / abar))),
+    ("guide", torch.lerp), ("guide", lambda uncond, cond, scale: cond + (scale - 1) * (cond - uncond))])
+def test_a_right_answer_in_another_style_passes(name, answer):
+    assert checks.find(name).run(answer).status == "pass"
+
+
+@pytest.mark.parametrize("name, answer", [
+    ("ddpm_step", lambda eps, t, x, noise, betas: through_x0(eps, t, x, noise * (t > 1), betas)),       # wrong at t = 1 only
+    ("guide", lambda uncond, cond, scale: uncond + (scale or 1.0) * (cond - uncond)),                  # wrong at scale 0 only
+    ("q_sample", lambda x0, t, noise, betas: by_hand(x0, max(t, 1), noise, betas)),                    # wrong at t = 0 only
+    ("posterior", number(lambda v: v * torch.ones(2, 3, 4, 5)))])
+def test_an_answer_that_is_wrong_in_one_place_fails(name, answer):
+    assert checks.find(name).run(answer).status == "fail"
 
 
 # ---------------------------------------------------------------- widgets
