@@ -78,6 +78,7 @@ class Runner:
     def shard(self, shard: Shard, claim: Claim) -> bool:
         """Do what is left of a shard; True when it is done, False when stopped in good order."""
         self.at, self.claim, begin = shard, claim, time.perf_counter()
+        self.processor.alive = claim.alive
         self.timing = Counter()
         self.rows = shard.prepare()
         self.due = shard.attempts()
@@ -139,14 +140,15 @@ class Runner:
 
     def _decode(self, item):
         """(decoded, Outcome or None, seconds); whatever a damaged file makes a decoder raise is bad_input."""
-        begin = time.perf_counter()
-        path = os.path.join(self.at.job.facts["root"], item["path"])
+        begin, facts = time.perf_counter(), self.at.job.facts
+        path = os.path.join(facts["root"], item["path"])
         try:
-            if not os.path.exists(path):
-                raise BadInput("the file is gone, or it is a link that leads nowhere")
-            if item["bytes"] >= 0 and os.path.isfile(path) and os.path.getsize(path) != item["bytes"]:
-                raise BadInput(f"the file has changed since the list was frozen ({item['bytes']} bytes then)")
-            return self.processor.decode({**item, "path": path}), None, time.perf_counter() - begin
+            _unchanged(path, item["bytes"], "the file")
+            found = {**item, "path": path}
+            if item.get("depth"):
+                found["depth"] = os.path.join(facts.get("depth", ""), item["depth"])
+                _unchanged(found["depth"], item.get("depth_bytes", -1), "its depth file")
+            return self.processor.decode(found), None, time.perf_counter() - begin
         except Exception as error:
             text = explain(error).replace(path, "the file")  # the same words for the same fault: countable
             return None, Outcome("bad_input", message=text), time.perf_counter() - begin
@@ -268,6 +270,14 @@ class Runner:
         row |= {"output": name, "bytes": len(data), "sha": digest(data)}
 
 
+def _unchanged(path, size, name):
+    """BadInput where a file is gone, or not as large as when the list was frozen (-1: unknown then)."""
+    if not os.path.exists(path):
+        raise BadInput(f"{name} is gone, or it is a link that leads nowhere")
+    if size >= 0 and os.path.isfile(path) and os.path.getsize(path) != size:
+        raise BadInput(f"{name} has changed since the list was frozen ({size} bytes then)")
+
+
 @dataclass
 class Outcome:
     """What became of one input."""
@@ -379,8 +389,7 @@ def _worker_command(args) -> int:
     options = Options(args.batch, args.loaders, args.lease, args.deadline, args.stop_file, args.parent)
     try:
         job = open_job(args.folder)
-        if args.root:
-            job.facts["root"] = args.root
+        job.facts |= {name: value for name, value in (("root", args.root), ("depth", args.depth)) if value}
         processor = job.processor(args.device)
     except Exception as error:
         no_card = args.device == "cuda" and not isinstance(error, ValueError)
@@ -581,7 +590,7 @@ def _worker_options(commands):
                                 ("pin", int, -1), ("lease", float, LEASE), ("deadline", float, 0),
                                 ("parent", int, 0)):
         add.add_argument(f"--{name}", type=kind, default=default)
-    for name, default in (("device", "cpu"), ("root", ""), ("stop-file", "")):
+    for name, default in (("device", "cpu"), ("root", ""), ("depth", ""), ("stop-file", "")):
         add.add_argument(f"--{name}", default=default)
 
 

@@ -82,7 +82,7 @@ class Worker:
         command = [sys.executable, "-m", "lib.batch", "worker", str(self.job.folder), "--index",
                    str(self.index),
                    "--of", str(self.count), "--device", device, "--parent", str(os.getpid()), "--root",
-                   self.job.facts["root"], "--pin", str(self.index if self.plan.pin else -1)]
+                   self.job.facts["root"], "--depth", self.job.facts.get("depth", ""), "--pin", str(self.index if self.plan.pin else -1)]
         for name, value in asdict(self.plan.options).items():
             command += [] if name == "parent" else [f"--{name.replace('_', '-')}", str(value)]
         self.log.parent.mkdir(exist_ok=True)
@@ -223,6 +223,7 @@ def ray(job, plan, progress, stopped) -> int:
     options = asdict(plan.options) | {"parent": 0, "stop_file": str(job.folder.resolve() / temp_name("stop"))}
     task = cluster.remote(num_cpus=1, num_gpus=share_of_card(width, cards), max_retries=0,
                       runtime_env={"env_vars": {"PYTHONPATH": root}})(ray_shard)
+    places = {name: job.facts.get(name, "") for name in ("root", "depth")}
     waiting, running, tries = deque(job.pending()), {}, Counter()
     end = time.monotonic() + (plan.max_seconds or 1e12)
     try:
@@ -232,7 +233,7 @@ def ray(job, plan, progress, stopped) -> int:
             while waiting and len(running) < width and not stopped:
                 number = waiting.popleft()
                 device = "cuda" if cards else "cpu"
-                running[task.remote(str(job.folder.resolve()), job.facts["root"], number, options, device,
+                running[task.remote(str(job.folder.resolve()), places, number, options, device,
                                     tries[number] > 0)] = number
             if stopped:
                 Path(options["stop_file"]).touch()
@@ -334,10 +335,10 @@ def _ray_result(cluster, ref, tries, number) -> bool:
 _RUNNERS = {}  # in a Ray worker process: the model stays loaded from task to task (on the CPU: see `ray`)
 
 
-def ray_shard(folder, root, number, options, device, steal) -> bool:
+def ray_shard(folder, places, number, options, device, steal) -> bool:
     """One shard, in a Ray worker process; True when it is done."""
     job, options = open_job(folder), batch.Options(**options)
-    job.facts["root"] = root
+    job.facts |= places
     key = (folder, json.dumps(asdict(options), sort_keys=True), device)
     if key not in _RUNNERS:
         for old in [_RUNNERS.pop(k) for k in list(_RUNNERS)]:

@@ -163,8 +163,8 @@ def _started(pid: int) -> str:
 # ---------------------------------------------------------------- the job
 
 def list_inputs(source, depth="", limit=0) -> tuple[list[dict], int]:
-    """Freeze what is to be done: [{id, path, bytes, depth?}] in order, and how many other files were left
-    out.
+    """Freeze what is to be done: [{id, path, bytes, depth?, depth_bytes?}] in order, and how many other files
+    were left out.
 
     source: a folder (searched with its subfolders; symbolic links to folders are not followed), or a text
     file with one path a line. Everything *named* like a picture is an input, readable or not: what is wrong
@@ -198,12 +198,17 @@ def _item(path, root, depth) -> dict:
     item = {"id": name, "path": name, "bytes": -1}
     with contextlib.suppress(OSError):
         item["bytes"] = os.stat(path).st_size
-    if depth:
-        places = [(Path(depth) / name).with_suffix(suffix) for suffix in DEPTHS]
-        own = os.path.abspath(path)                               # the depth files may lie among the pictures
-        found = (p.resolve() for p in places if p.exists() and os.path.abspath(p) != own)
-        item["depth"] = str(next(found, ""))
-    return item
+    return item | _depth_of(name, path, depth) if depth else item
+
+
+def _depth_of(name, path, depth) -> dict:
+    """The depth file of a picture, relative to the folder `depth` ("": there is none), and its size."""
+    own = os.path.abspath(path)                                   # the depth files may lie among the pictures
+    for place in (os.path.splitext(name)[0] + suffix for suffix in DEPTHS):
+        full = os.path.join(depth, place)
+        if os.path.exists(full) and os.path.abspath(full) != own:
+            return {"depth": place, "depth_bytes": os.stat(full).st_size}
+    return {"depth": "", "depth_bytes": -1}
 
 
 def seed_of(name: str, base: int = 0) -> int:
@@ -325,6 +330,7 @@ def _create(folder, source, process, settings, shard_size, pack, depth, limit, s
                        "pack": pack or "files", **kind.identity(settings),
                        **{f"settings.{k}": v for k, v in settings.items()}}
         facts = {"processor": process, "settings": settings, "fingerprint": fingerprint, "root": str(root),
+                 "depth": os.path.realpath(depth) if depth else "",
                  "created": time.strftime("%Y-%m-%d %H:%M:%S"), "count": len(items)}
         write_atomic(folder / "inputs.jsonl", _lines(items))
         write_atomic(folder / "run.json", json.dumps(facts, indent=1).encode())
@@ -363,7 +369,8 @@ def _frozen(folder, source, depth, limit, step, max_side):
 
 
 def _list_hash(items) -> str:
-    text = "".join(f"{item.get('id')}\0{item.get('bytes')}\0{'depth' in item}\n" for item in items)
+    text = "".join(f"{item.get('id')}\0{item.get('bytes')}\0{item.get('depth_bytes', 'depth' in item)}\n"
+                   for item in items)
     return hashlib.sha256(text.encode("utf8", "surrogateescape")).hexdigest()[:16]
 
 
@@ -380,11 +387,28 @@ def _continued(job, source, process, settings, shard_size, pack, depth, limit, s
         _compare_video(job, Path(source), step, old, new)
     elif str(source):
         root = _compare_inputs(job, Path(source), depth, limit, new)
+    if depth:
+        _compare_depth(job, depth, root, old, new)
     if 0 < limit < len(job.items):
         old["limit"], new["limit"] = len(job.items), limit
     refuse_difference(old, new, job.folder)
     job.facts["root"] = root                                      # the same files may lie elsewhere today
+    job.facts["depth"] = os.path.realpath(depth) if depth else job.facts.get("depth", "")
     return job
+
+
+def _compare_depth(job, depth, root, old, new):
+    """The depth files may have moved; for each picture it must still be the same one."""
+    if not any("depth" in item for item in job.items):
+        old["depth"], new["depth"] = "", str(depth)
+        return
+    for item in job.items:
+        found = _depth_of(item["id"], os.path.join(root, item["path"]), depth)
+        was = {name: item.get(name) for name in found}
+        if was != found:
+            old[f"depth of {item['id']}"], new[f"depth of {item['id']}"] = (
+                f"{d['depth']} ({d['depth_bytes']} bytes)" if d["depth"] else "none" for d in (was, found))
+            return                                                # one is enough to see what is wrong
 
 
 def _compare_video(job, path, step, old, new):
@@ -429,15 +453,16 @@ class Claim:
     one notices (`check`).
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, lease=LEASE):
         me, pid = socket.gethostname(), os.getpid()
         self.path, self.token = path, f"{me} {pid} {_started(pid)} {uuid.uuid4().hex}"
+        self.beaten, self.pause = time.monotonic(), min(5.0, lease / 4)
 
     @classmethod
     def take(cls, path: Path, lease=LEASE, steal=False) -> Claim | None:
         """A claim on `path`, or None when somebody who lives holds it. steal: its holder is known to be
         dead."""
-        claim = cls(path)
+        claim = cls(path, lease)
         if not claim._create() and not ((steal or _abandoned(path, lease)) and claim._remove_old()
                                         and claim._create()):
             return None
@@ -471,6 +496,12 @@ class Claim:
     def beat(self):
         with contextlib.suppress(OSError):
             os.utime(self.path)
+        self.beaten = time.monotonic()
+
+    def alive(self):
+        """`beat`, as often as one likes: few of them reach the disk, and none keeps a thief's claim alive."""
+        if time.monotonic() - self.beaten > self.pause and self.mine():
+            self.beat()
 
     def mine(self) -> bool:
         try:

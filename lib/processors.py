@@ -40,6 +40,11 @@ class Processor(ABC):
     batch = 32
     half = False            # does it run in half precision, so that a NaN is worth a try in full?
 
+    @staticmethod
+    def alive():
+        """Call it while `infer` gets on (a picture done, a pass of the model): whoever runs a job puts its sign of
+        life here, so that work that takes long is told from a worker that hangs."""
+
     def __init__(self, settings: dict, device="cpu"):
         self.settings, self.device = self.complete(settings), device
 
@@ -183,7 +188,11 @@ class Layers(Processor):
         return entry["depth"] if entry["depth"] is not None else self.estimate(entry["image"])
 
     def infer(self, inputs, seeds, precise=False):
-        return [self._named(self.one, entry, seed, precise) for entry, seed in zip(inputs, seeds)]
+        outputs = []
+        for entry, seed in zip(inputs, seeds):
+            self.alive()
+            outputs.append(self._named(self.one, entry, seed, precise))
+        return outputs
 
     @staticmethod
     def _named(function, *arguments):
@@ -248,6 +257,7 @@ class Edit(Layers):
         self.dtype, self.bank = torch.float16 if self.half else torch.float32, None
         edit.check_settings("", chosen["mechanism"])
         self.pipe = models.load(chosen["model"], device, self.dtype, quiet=True)
+        self.pipe.unet.register_forward_hook(lambda *_: self.alive())
         self.cutout, self.kind, self.origin = edit.read_cutout(chosen["insert"], chosen["model"],
                                                                chosen["seed"], device)
         self.words = edit.words_of(chosen["insert"]) if self.cutout is None else ""

@@ -173,6 +173,10 @@ def begin(lesson: str) -> None:
     if not isinstance(lesson, str) or not lesson:
         raise ValueError(f'begin() wants the lesson as text, like setup.begin("00"); it got {lesson!r}.')
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer warns after a fork otherwise
+    if where() == "kaggle":
+        from lib import kaggle
+
+        kaggle.add_wheels()  # without internet they are all there is
     if where() != "local":
         add_missing_packages()
     versions = " · ".join(f"{name} {_installed(name) or 'missing'}" for name in ("torch", "diffusers", "transformers"))

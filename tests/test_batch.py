@@ -660,6 +660,46 @@ def test_an_empty_or_full_mask_is_said(tmp_path, at, words):
     assert row["status"] == "bad_input" and words in row["message"]
 
 
+@pytest.fixture
+def with_depth(tmp_path):
+    """Four pictures, and a depth file for all but the last."""
+    source = pictures(tmp_path / "rgb", 4, size=64)
+    (tmp_path / "depth").mkdir()
+    for n in range(3):
+        np.save(tmp_path / "depth" / f"im{n:03d}.npy", np.linspace(1, 5 + n, 64 * 64, dtype=np.float32).reshape(64, 64))
+    return source, tmp_path / "depth"
+
+
+def test_depth_files_may_move_but_not_change(tmp_path, with_depth):
+    source, depth = with_depth
+    words = {"settings": {"at": "0.5"}, "process": "layers"}
+    jobs.open_or_create(tmp_path / "job", source, depth=depth, **words)
+    moved = depth.rename(tmp_path / "moved")
+    job = jobs.open_or_create(tmp_path / "job", source, depth=moved, **words)
+    assert cli("run", tmp_path / "job", "--depth", moved, "--quiet").returncode == 0
+    rows = {row["id"]: (row["status"], row["message"]) for row in check_whole(job)}
+    assert [rows[f"im{n:03d}.png"][0] for n in range(3)] == ["ok"] * 3
+    assert rows["im003.png"] == ("bad_input", "there is no depth file for this picture")
+    (moved / "im001.npy").unlink()
+    with pytest.raises(Refused, match=r"depth of im001.png: the job has 'im001.npy \(\d+ bytes\)', now .* 'none'"):
+        jobs.open_or_create(tmp_path / "job", depth=moved)
+    jobs.open_or_create(tmp_path / "without", source, **words)
+    with pytest.raises(Refused, match="depth: the job has '', now it would be"):
+        jobs.open_or_create(tmp_path / "without", source, depth=moved, **words)
+
+
+def test_a_depth_file_that_is_gone_or_another_is_said(tmp_path, with_depth):
+    source, depth = with_depth
+    job = jobs.open_or_create(tmp_path / "job", source, "layers", depth=depth)
+    (depth / "im000.npy").unlink()
+    np.save(depth / "im001.npy", np.ones((64, 64)))
+    assert batch.work(job) == batch.DONE
+    said = {row["id"]: row["message"] for row in check_whole(job)}
+    assert said["im000.png"].startswith("its depth file is gone")
+    assert said["im001.png"].startswith("its depth file has changed since the list was frozen")
+    assert said["im002.png"] == ""
+
+
 # ---------------------------------------------------------------- faults of the disk
 
 @pytest.mark.parametrize("number, words",
@@ -912,6 +952,31 @@ def test_a_worker_that_hangs_is_killed(tmp_path, source):
     check_whole(jobs.open_job(tmp_path / "job"))
 
 
+def test_a_worker_that_is_slow_and_gets_on_is_left_alone(tmp_path, source):
+    """One batch takes twice the lease; what tells it from one that hangs is its signs of life."""
+    (tmp_path / "slow.py").write_text(
+        "import time\nfrom lib.processors import Tint\n"
+        "class Slow(Tint):\n"
+        "    def infer(self, *a):\n"
+        "        for _ in range(16):\n"
+        "            time.sleep(0.25)\n"
+        "            self.alive()\n"
+        "        return super().infer(*a)\n")
+    done = cli("run", tmp_path / "job", "--input", source, "--process", f"{tmp_path / 'slow.py'}:Slow",
+               "--lease", "2", "--limit", "6", "--quiet")
+    assert done.returncode == 0 and "sign of life" not in done.stderr, done.stderr
+    assert {row["attempt"] for row in check_whole(jobs.open_job(tmp_path / "job"))} == {1}
+
+
+def test_an_edit_gives_signs_of_life(tmp_path):
+    edit = processors.Edit({"steps": 6})
+    lived = []
+    edit.alive = lambda: lived.append(1)
+    picture = processors.Layers.decode(edit, {"id": "room.png", "path": str(ROOT / "data" / "scenes" / "room.png")})
+    edit.infer([picture], [1])
+    assert len(lived) > 6                                         # the passes of the model, not only the picture
+
+
 def test_a_worker_that_cannot_start_ends_the_run_at_once(tmp_path, source):
     (tmp_path / "never.py").write_text("from lib.processors import Tint\nclass Never(Tint):\n"
                                        "    def __init__(self, *a): raise RuntimeError('the model is not "
@@ -1141,7 +1206,7 @@ def test_a_task_of_ray_on_a_job_that_no_other_engine_has_touched(tmp_path, sourc
     from dataclasses import asdict
     job = new(tmp_path, source)
     options = asdict(batch.Options(batch=4, loaders=1))
-    assert all(engines.ray_shard(str(job.folder), job.facts["root"], n, options, "cpu", False)
+    assert all(engines.ray_shard(str(job.folder), {"root": job.facts["root"], "depth": ""}, n, options, "cpu", False)
                for n in job.shards)
     for runner in [engines._RUNNERS.pop(key) for key in list(engines._RUNNERS)]:
         runner.close()

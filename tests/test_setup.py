@@ -157,6 +157,17 @@ def test_missing_packages_are_asked_for_with_the_installed_ones_held(monkeypatch
     assert "Not installed: no-such-package-here>=1 (ERROR: no network)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("place, steps", [("kaggle", ["wheels", "pip"]), ("colab", ["pip"]), ("local", [])])
+def test_what_is_attached_is_installed_before_the_network_is_asked(monkeypatch, place, steps):
+    from lib import kaggle
+    done = []
+    monkeypatch.setattr(setup, "where", lambda: place)
+    monkeypatch.setattr(kaggle, "add_wheels", lambda: done.append("wheels"))
+    monkeypatch.setattr(setup, "add_missing_packages", lambda: done.append("pip"))
+    setup.begin("15")
+    assert done == steps
+
+
 # --- the notebook runner --------------------------------------------------------------------------------------------
 
 
