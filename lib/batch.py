@@ -503,11 +503,7 @@ def status(job: Job, verify=False) -> dict:
     rows = job.rows()
     counts = Counter(row["status"] for row in rows)
     messages = Counter(f"{row['status']}: {row['message']}" for row in rows if row["status"] != "ok")
-    bad = []
-    for row in rows if verify else []:
-        data = job.shard(row["shard"]).read_output(row) if row["status"] == "ok" else b""
-        if row["status"] == "ok" and (data is None or digest(data) != row["sha"]):
-            bad.append(row["id"])
+    bad = [row["id"] for row in rows if verify and job.shard(row["shard"]).damaged(row)]
     return {"inputs": len(job.items), "finished": len(rows), "left": len(job.items) - len(rows),
             **{name: counts[name] for name in FINAL}, "shards": len(job.shards),
             "shards_left": len(job.pending()),
@@ -515,10 +511,12 @@ def status(job: Job, verify=False) -> dict:
 
 
 def retry(job: Job, statuses) -> int:
-    """Give the inputs with these statuses another attempt at the next `run`; returns how many."""
-    wrong = set(statuses) - set(FINAL)
+    """Give the inputs with these statuses ("damaged": those whose outputs are) another attempt at the next `run`;
+    returns how many."""
+    known = (*FINAL, "damaged")
+    wrong = set(statuses) - set(known)
     if wrong:
-        raise Refused(f"No status '{sorted(wrong)[0]}'; known: {', '.join(FINAL)}.")
+        raise Refused(f"No status '{sorted(wrong)[0]}'; known: {', '.join(known)}.")
     claims = [Claim.take(job.folder / "claims" / job.shard(number).name) for number in job.shards]
     try:
         if not all(claims):                                       # its last step would forget what is asked here
@@ -539,7 +537,8 @@ def describe(facts: dict) -> str:
     if "damaged" in facts:
         lines += [f"  {len(facts['damaged'])} outputs are missing or damaged"
                   + (": " if facts["damaged"] else "")
-                  + ", ".join(facts["damaged"][:5])]
+                  + ", ".join(facts["damaged"][:5])
+                  + ("; `retry --status damaged`, then run the job again" if facts["damaged"] else "")]
     return "\n".join(lines)
 
 
@@ -617,7 +616,9 @@ def _look_options(commands):
     add.add_argument("--json", action="store_true")
     add = commands.add_parser("retry", help="give inputs another attempt at the next run")
     add.add_argument("folder", type=Path)
-    add.add_argument("--status", default="nan,oom,error", help="which ones, by status (default: %(default)s)")
+    add.add_argument("--status", default="nan,oom,error",
+                     help="which ones, by status; damaged: ok, but the output is missing or damaged (default: "
+                          "%(default)s)")
     add = commands.add_parser("report", help="HTML that reads offline, CSV and PNG, of the job as it is now")
     add.add_argument("folder", type=Path)
     add.add_argument("--to", type=Path, help="another folder than FOLDER/report")
@@ -690,7 +691,8 @@ def main(words=None) -> int:
         if args.command == "report":
             return _report(args.folder, args.to)
         if args.command == "retry":
-            print(f"{retry(job, [word.strip() for word in args.status.split(',')]):,} inputs get another attempt: run the job again")
+            again = retry(job, [word.strip() for word in args.status.split(",")])
+            print(f"{again:,} inputs get another attempt: run the job again")
             return DONE
         facts = status(job, args.verify)
         print(json.dumps(facts, indent=1) if args.json else describe(facts))
@@ -701,7 +703,7 @@ def main(words=None) -> int:
     except (RuntimeError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BROKEN
-    except KeyboardInterrupt:                                     # before or after the work itself, which stops in order
+    except KeyboardInterrupt:                                     # before or after the work, which stops in order
         print("stopped; the same command continues", file=sys.stderr)
         return STOPPED
 

@@ -716,6 +716,13 @@ class Shard:
             return tar.extractfile(row["output"]).read()
         return None
 
+    def damaged(self, row) -> bool:
+        """Is the picture of an "ok" row missing, or not what was written?"""
+        if row["status"] != "ok":
+            return False
+        data = self.read_output(row)
+        return data is None or digest(data) != row["sha"]
+
     def names_in(self, base: Path) -> set:
         """Names of this shard's pictures in a job's folder, single or packed."""
         names = set()
@@ -727,10 +734,10 @@ class Shard:
         return names
 
     def reopen(self, statuses) -> int:
-        """Give inputs with these statuses another attempt; returns how many. Safe to kill: done mark goes
-        last."""
+        """Give inputs with these statuses ("damaged": `damaged`) another attempt; returns how many. Safe to kill:
+        done mark goes last."""
         rows = self.final_rows()
-        again = [row for row in rows if row["status"] in statuses]
+        again = [row for row in rows if row["status"] in statuses or ("damaged" in statuses and self.damaged(row))]
         if not again:
             return 0
         if self.packed and self.done.exists():

@@ -97,7 +97,8 @@ def to_bytes(picture) -> np.ndarray:
     """uint8 from values in [0, 1]. ValueError for 0 to 255, which would all be white."""
     picture = np.asarray(picture)
     if picture.dtype.kind in "ui" or (picture.size and picture.max() > 16):
-        raise ValueError(f"the picture is {picture.dtype} with values up to {picture.max()}; floats in [0, 1] are wanted")
+        raise ValueError(f"the picture is {picture.dtype} with values up to {picture.max()}; floats in [0, 1] are "
+                         "wanted")
     return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)
 
 

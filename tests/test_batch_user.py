@@ -281,6 +281,24 @@ def test_a_task_of_ray_knows_a_new_job_in_an_old_folder(tmp_path, source):
         runner.close()
 
 
+@pytest.mark.parametrize("pack", ["files", "tar"])
+def test_damaged_outputs_are_made_again(tmp_path, source, pack):
+    job = new(tmp_path, source, pack=pack, shard_size=3)
+    batch.work(job)
+    before = {row["id"]: row["sha"] for row in job.rows()}
+    if pack == "tar":
+        data = bytearray(job.shard(0).tar.read_bytes())
+        data[600:604] = b"oops"                                   # in the first of its pictures
+        job.shard(0).tar.write_bytes(data)
+    else:
+        path = job.folder / "out" / "00000" / job.rows()[0]["output"]
+        path.write_bytes(b"oops" + path.read_bytes()[4:])         # as long as it was
+    said = cli("status", job.folder, "--verify")
+    assert said.returncode == batch.BROKEN and "im000.png; `retry --status damaged`" in said.stdout
+    assert batch.retry(job, ["damaged"]) == 1 and batch.work(job) == batch.DONE
+    assert {row["id"]: row["sha"] for row in check_whole(job)} == before
+
+
 # ---------------------------------------------------------------- words
 
 def test_an_empty_folder_of_one_s_own_is_left(tmp_path):
