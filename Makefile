@@ -71,7 +71,7 @@ edit: .venv/ready
 batch: .venv/ready
 	@$(if $(INPUT),,echo 'error: which pictures? make batch INPUT=film.mp4 OUTPUT=folder' >&2; exit 1;) \
 	$(if $(OUTPUT),,echo 'error: where to? make batch INPUT=film.mp4 OUTPUT=folder' >&2; exit 1;) \
-	echo "follow it from another terminal: $(BIN) -m lib.batch status" "$(OUTPUT)"; \
+	printf 'follow it from another terminal: %s -m lib.batch status %q\n' $(BIN) "$$OUTPUT"; \
 	$(BIN) -m lib.setup run notebooks/15_two_gpus_on_kaggle.ipynb build/batch.ipynb -p JOB_ONLY True --timeout 1000000 \
 		--env $(sort $(GIVEN)) --paths INPUT OUTPUT DEPTH INSERT DONE_ROOT --at "$(CALLER)"
 

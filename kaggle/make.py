@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from lib import setup  # noqa: E402
 
 def kernel(folder: Path, user: str, parameters=(), data=(), session=1, internet=False, models=()) -> Path:
     """The folder for `kaggle kernels push`: the lesson with its parameters, and its metadata."""
+    _check_names(user, data, session)
     meta = json.loads((HERE / "kernel-metadata.json").read_text())
     notebook = ROOT / "notebooks" / meta["code_file"]
     known = setup.notebook_parameters(notebook)
@@ -41,6 +43,17 @@ def kernel(folder: Path, user: str, parameters=(), data=(), session=1, internet=
     setup.run_notebook(notebook, folder / notebook.name, given, prepare_only=True)
     (folder / "kernel-metadata.json").write_text(json.dumps(meta, indent=1) + "\n")
     return folder
+
+
+def _check_names(user, data, session):
+    """ValueError for names that `push` would refuse, or read as others."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", user):
+        raise ValueError(f"USER is your name in Kaggle's addresses (letters, digits, -), not {user!r}.")
+    for name in data:
+        if name.count("/") != 1:
+            raise ValueError(f"--data wants OWNER/SLUG, as in the dataset's address; it got {name!r}.")
+    if session < 1:
+        raise ValueError(f"--session counts from 1; it is {session}.")
 
 
 def _numbered(name, session, gap="-"):

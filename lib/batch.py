@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -27,9 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.jobs import (FINAL, LEASE, BadInput, Claim, Job, Lost, OutputError, Part, Refused, Shard, adopt,
-                      digest, open_job, open_or_create, seed_of, sweep, sync_folder, write_atomic)
+                      digest, gone, open_job, open_or_create, seed_of, sweep, sync_folder, write_atomic, writing)
 
 DONE, BROKEN, USAGE, STOPPED, NO_OUTPUT, NO_START = 0, 1, 2, 3, 4, 5  # exit codes; the last two of workers
+PLACES = ("root", "depth", "processor")  # facts of a job that a run may find elsewhere than its maker did
 SUSPECT, GUILTY = 2, 3  # deaths in flight before an input is run alone; deaths alone before it is given up
 
 
@@ -150,6 +152,8 @@ class Runner:
                 _unchanged(found["depth"], item.get("depth_bytes", -1), "its depth file")
             return self.processor.decode(found), None, time.perf_counter() - begin
         except Exception as error:
+            if missing := gone(facts):                            # a drive has gone, and all that lay on it
+                raise OutputError(missing) from None
             text = explain(error).replace(path, "the file")  # the same words for the same fault: countable
             return None, Outcome("bad_input", message=text), time.perf_counter() - begin
 
@@ -201,17 +205,22 @@ class Runner:
             outputs = self.processor.infer([entry[1] for entry in group], seeds, precise)
             if len(outputs) != len(group):
                 raise RuntimeError(f"the processor gave {len(outputs)} pictures for {len(group)}")
-            return None, outputs
+            return None, [whole_output(output) for output in outputs]
         except Exception as error:
-            kind = classify(error)
-            if kind == "poisoned":
-                raise Poisoned(explain(error)) from error
-            return kind, explain(error)
+            return _kind(error)
 
     def _checked(self, entry, output):
         """The finite check; a picture that fails in half precision gets one more try in full."""
-        wrong = self.processor.check(output, entry[1])
-        return self._again(entry, "nan", wrong) if wrong else Outcome("ok", *output)
+        kind, wrong = self._wrong(entry, output)
+        return self._again(entry, kind, wrong) if kind else Outcome("ok", *output)
+
+    def _wrong(self, entry, output):
+        """(status, message) of what is wrong with a result, or (None, "")."""
+        try:
+            wrong = self.processor.check(output, entry[1])
+        except Exception as error:                                # a picture that is none, say
+            return _kind(error)
+        return ("nan", wrong) if wrong else (None, "")
 
     def _again(self, entry, kind, message):
         """What a failed picture ends as: numbers beyond half precision may be why, whatever it was that they
@@ -222,9 +231,9 @@ class Runner:
         self.processor.free()
         if kind:
             return Outcome(kind, message=answer, precise=True)
-        wrong = self.processor.check(answer[0], entry[1])
-        if wrong:
-            return Outcome("nan", message=wrong, precise=True)
+        kind, wrong = self._wrong(entry, answer[0])
+        if kind:
+            return Outcome(kind, message=wrong, precise=True)
         return Outcome("ok", *answer[0], precise=True)
 
     def _commit(self, results):
@@ -256,7 +265,10 @@ class Runner:
 
     def _encode(self, outcome, row):
         try:
-            return self.processor.encode(outcome.picture)
+            data = self.processor.encode(outcome.picture)
+            if not isinstance(data, bytes):
+                raise TypeError(f"encode gave {type(data).__name__}, not bytes")
+            return data
         except Exception as error:
             row |= {"status": "error", "message": f"could not be encoded: {explain(error)}"}
 
@@ -289,6 +301,20 @@ class Outcome:
     oom: int = 0
 
 
+def whole_output(output):
+    """What `infer` gave for one picture, its metrics as a row keeps them: plain numbers, and None for one that is not
+    finite. TypeError: it is no Output."""
+    if not (isinstance(output, tuple) and hasattr(output, "metrics")):
+        raise TypeError(f"infer gave {type(output).__name__}, not Output(picture, metrics)")
+    if not isinstance(output.metrics, dict):
+        raise TypeError(f"the metrics are {type(output.metrics).__name__}, not a dict of numbers")
+    metrics = {name: value.item() if hasattr(value, "item") else value for name, value in output.metrics.items()}
+    metrics = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+               for name, value in metrics.items()}
+    json.dumps(metrics)
+    return output._replace(metrics=metrics)
+
+
 NO_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory|"
                        "cu(blas|dnn|solver)_status_alloc_failed|unable to find a valid cudnn algorithm")
 LOST = re.compile("device-side assert|illegal memory access|unspecified launch failure|cuda (driver )?error|"
@@ -306,6 +332,14 @@ def classify(error) -> str:
     if isinstance(error, RuntimeError) and LOST.search(text):
         return "poisoned"
     return "bad_input" if isinstance(error, BadInput) else "error"
+
+
+def _kind(error) -> tuple[str, str]:
+    """(status, message) of what a processor raised; what only a new process can mend is raised again."""
+    kind = classify(error)
+    if kind == "poisoned":
+        raise Poisoned(explain(error)) from error
+    return kind, explain(error)
 
 
 def explain(error) -> str:
@@ -381,7 +415,7 @@ def one_shard(job: Job, number: int, runner: Runner, steal=False) -> bool:
 
 
 def _worker_command(args) -> int:
-    if args.pin >= 0:
+    if args.pin >= 0 and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[args.pin % len(cores)]})
     signal.signal(signal.SIGTERM, lambda *_: _STOP.append(1))
@@ -389,7 +423,9 @@ def _worker_command(args) -> int:
     options = Options(args.batch, args.loaders, args.lease, args.deadline, args.stop_file, args.parent)
     try:
         job = open_job(args.folder)
-        job.facts |= {name: value for name, value in (("root", args.root), ("depth", args.depth)) if value}
+        job.facts |= {name: getattr(args, name) for name in PLACES if getattr(args, name)}
+        if missing := gone(job.facts):
+            raise Refused(missing)
         processor = job.processor(args.device)
     except Exception as error:
         no_card = args.device == "cuda" and not isinstance(error, ValueError)
@@ -426,9 +462,12 @@ def run(job: Job, plan: Plan) -> int:
     May be called again at any time, with any other plan. OutputError: nothing could be written.
     """
     from lib import engines
-    sweep(job)
+    with writing(job.folder):
+        sweep(job)
     if not job.pending():
         return DONE
+    if missing := gone(job.facts):
+        raise Refused(missing)
     progress = engines.Progress(job, plan.quiet)
     if plan.max_seconds:
         plan.options.deadline = time.time() + plan.max_seconds
@@ -464,11 +503,7 @@ def status(job: Job, verify=False) -> dict:
     rows = job.rows()
     counts = Counter(row["status"] for row in rows)
     messages = Counter(f"{row['status']}: {row['message']}" for row in rows if row["status"] != "ok")
-    bad = []
-    for row in rows if verify else []:
-        data = job.shard(row["shard"]).read_output(row) if row["status"] == "ok" else b""
-        if row["status"] == "ok" and (data is None or digest(data) != row["sha"]):
-            bad.append(row["id"])
+    bad = [row["id"] for row in rows if verify and job.shard(row["shard"]).damaged(row)]
     return {"inputs": len(job.items), "finished": len(rows), "left": len(job.items) - len(rows),
             **{name: counts[name] for name in FINAL}, "shards": len(job.shards),
             "shards_left": len(job.pending()),
@@ -476,11 +511,21 @@ def status(job: Job, verify=False) -> dict:
 
 
 def retry(job: Job, statuses) -> int:
-    """Give the inputs with these statuses another attempt at the next `run`; returns how many."""
-    wrong = set(statuses) - set(FINAL)
+    """Give the inputs with these statuses ("damaged": those whose outputs are) another attempt at the next `run`;
+    returns how many."""
+    known = (*FINAL, "damaged")
+    wrong = set(statuses) - set(known)
     if wrong:
-        raise Refused(f"No status '{sorted(wrong)[0]}'; known: {', '.join(FINAL)}.")
-    return sum(job.shard(number).reopen(statuses) for number in job.shards)
+        raise Refused(f"No status '{sorted(wrong)[0]}'; known: {', '.join(known)}.")
+    claims = [Claim.take(job.folder / "claims" / job.shard(number).name) for number in job.shards]
+    try:
+        if not all(claims):                                       # its last step would forget what is asked here
+            raise Refused(f"{claims.count(None)} shards are being worked on: stop the run (Ctrl-C) or let it end, then "
+                          "retry.")
+        return sum(job.shard(number).reopen(statuses) for number in job.shards)
+    finally:
+        for claim in filter(None, claims):
+            claim.release()
 
 
 def describe(facts: dict) -> str:
@@ -492,7 +537,8 @@ def describe(facts: dict) -> str:
     if "damaged" in facts:
         lines += [f"  {len(facts['damaged'])} outputs are missing or damaged"
                   + (": " if facts["damaged"] else "")
-                  + ", ".join(facts["damaged"][:5])]
+                  + ", ".join(facts["damaged"][:5])
+                  + ("; `retry --status damaged`, then run the job again" if facts["damaged"] else "")]
     return "\n".join(lines)
 
 
@@ -522,6 +568,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _lease(text) -> float:
+    if not 1 <= _seconds(text):
+        raise argparse.ArgumentTypeError(f"{text} is too short: 1 second is the least, and a batch must fit in")
+    return float(text)
+
+
 def _run_options(commands):
     add = commands.add_parser("run",
                               help="start a job, or continue it (only what you give is compared with it)",
@@ -545,7 +597,7 @@ def _run_options(commands):
     add.add_argument("--device", default="auto", help="auto, cuda, cpu or mps")
     add.add_argument("--batch", type=_count, default=0, help="pictures a step; 0: what the processor likes")
     add.add_argument("--loaders", type=_count, default=2, help="decoding threads of each worker")
-    add.add_argument("--lease", type=_seconds, default=LEASE,
+    add.add_argument("--lease", type=_lease, default=LEASE,
                      help="seconds after which a silent worker counts as dead")
     add.add_argument("--max-seconds", type=_seconds, default=0,
                      help="stop in good order after so long; 0: never")
@@ -564,7 +616,9 @@ def _look_options(commands):
     add.add_argument("--json", action="store_true")
     add = commands.add_parser("retry", help="give inputs another attempt at the next run")
     add.add_argument("folder", type=Path)
-    add.add_argument("--status", default="nan,oom,error", help="which ones, by status (default: %(default)s)")
+    add.add_argument("--status", default="nan,oom,error",
+                     help="which ones, by status; damaged: ok, but the output is missing or damaged (default: "
+                          "%(default)s)")
     add = commands.add_parser("report", help="HTML that reads offline, CSV and PNG, of the job as it is now")
     add.add_argument("folder", type=Path)
     add.add_argument("--to", type=Path, help="another folder than FOLDER/report")
@@ -590,7 +644,7 @@ def _worker_options(commands):
                                 ("pin", int, -1), ("lease", float, LEASE), ("deadline", float, 0),
                                 ("parent", int, 0)):
         add.add_argument(f"--{name}", type=kind, default=default)
-    for name, default in (("device", "cpu"), ("root", ""), ("depth", ""), ("stop-file", "")):
+    for name, default in (("device", "cpu"), ("stop-file", ""), *((place, "") for place in PLACES)):
         add.add_argument(f"--{name}", default=default)
 
 
@@ -621,6 +675,8 @@ def _report(folder, to) -> int:
 
 
 def main(words=None) -> int:
+    with contextlib.suppress(AttributeError):                     # names of files may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(words)
     try:
         if args.command == "run":
@@ -635,7 +691,8 @@ def main(words=None) -> int:
         if args.command == "report":
             return _report(args.folder, args.to)
         if args.command == "retry":
-            print(f"{retry(job, args.status.split(',')):,} inputs get another attempt: run the job again")
+            again = retry(job, [word.strip() for word in args.status.split(",")])
+            print(f"{again:,} inputs get another attempt: run the job again")
             return DONE
         facts = status(job, args.verify)
         print(json.dumps(facts, indent=1) if args.json else describe(facts))
@@ -643,9 +700,12 @@ def main(words=None) -> int:
     except Refused as error:
         print(f"refused: {error}", file=sys.stderr)
         return USAGE
-    except (OutputError, RuntimeError, ImportError) as error:
+    except (RuntimeError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BROKEN
+    except KeyboardInterrupt:                                     # before or after the work, which stops in order
+        print("stopped; the same command continues", file=sys.stderr)
+        return STOPPED
 
 
 if __name__ == "__main__":

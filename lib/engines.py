@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from lib import batch
 from lib.batch import BROKEN, DONE, NO_OUTPUT, NO_START, STOPPED, USAGE
-from lib.jobs import (FINAL, Job, OutputError, Refused, is_manifest_row, open_job, parse_rows, temp_name,
-                      write_atomic)
+from lib.jobs import (FINAL, Job, OutputError, Refused, gone, is_manifest_row, open_job, parse_rows, temp_name,
+                      write_atomic, writing)
 
 NO_USE = (NO_START, USAGE)  # exit codes of a worker that would end the same way again
 BAD = (BROKEN, *NO_USE)
@@ -79,13 +79,16 @@ class Worker:
     def start(self):
         best = "cpu" if self.card is None else "cuda"
         device = best if self.plan.device == "auto" else self.plan.device
-        command = [sys.executable, "-m", "lib.batch", "worker", str(self.job.folder), "--index",
+        command = [sys.executable, "-m", "lib.batch", "worker", os.path.abspath(self.job.folder), "--index",
                    str(self.index),
-                   "--of", str(self.count), "--device", device, "--parent", str(os.getpid()), "--root",
-                   self.job.facts["root"], "--depth", self.job.facts.get("depth", ""), "--pin", str(self.index if self.plan.pin else -1)]
+                   "--of", str(self.count), "--device", device, "--parent", str(os.getpid()),
+                   "--pin", str(self.index if self.plan.pin else -1)]
+        command += [f"--{name}={value}" for name, value in places_of(self.job).items()]
         for name, value in asdict(self.plan.options).items():
             command += [] if name == "parent" else [f"--{name.replace('_', '-')}", str(value)]
-        self.log.parent.mkdir(exist_ok=True)
+        with writing(self.log):
+            self.log.parent.mkdir(exist_ok=True)
+            self.log.touch()
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(command, env=self.environment(), stdin=subprocess.DEVNULL,
                                             stdout=log,
@@ -120,6 +123,11 @@ class Worker:
     def signal(self, number):
         if self.process and self.process.poll() is None:
             self.process.send_signal(number)
+
+
+def places_of(job) -> dict:
+    """Where this run has found what the job needs (its maker may have found it elsewhere)."""
+    return {name: job.facts.get(name, "") for name in batch.PLACES}
 
 
 def on_card(card) -> dict:
@@ -210,7 +218,10 @@ def ray(job, plan, progress, stopped) -> int:
     dead worker's claim at once. A shard that runs twice is harmless. On GPUs Ray ends a process after each
     task, so that the card's memory is free again: the model is loaded once a shard there.
     """
-    import ray as cluster
+    try:
+        import ray as cluster
+    except ImportError:
+        raise Refused("The engine 'ray' wants the package ray: pip install ray, or take the engine 'local'.") from None
     root = str(Path(__file__).resolve().parent.parent)
     if not cluster.is_initialized():
         alone = {"include_dashboard": False, "num_cpus": plan.workers or None} if not plan.address else {}
@@ -223,7 +234,7 @@ def ray(job, plan, progress, stopped) -> int:
     options = asdict(plan.options) | {"parent": 0, "stop_file": str(job.folder.resolve() / temp_name("stop"))}
     task = cluster.remote(num_cpus=1, num_gpus=share_of_card(width, cards), max_retries=0,
                       runtime_env={"env_vars": {"PYTHONPATH": root}})(ray_shard)
-    places = {name: job.facts.get(name, "") for name in ("root", "depth")}
+    places = places_of(job)
     waiting, running, tries = deque(job.pending()), {}, Counter()
     end = time.monotonic() + (plan.max_seconds or 1e12)
     try:
@@ -339,7 +350,9 @@ def ray_shard(folder, places, number, options, device, steal) -> bool:
     """One shard, in a Ray worker process; True when it is done."""
     job, options = open_job(folder), batch.Options(**options)
     job.facts |= places
-    key = (folder, json.dumps(asdict(options), sort_keys=True), device)
+    if missing := gone(job.facts):
+        raise Refused(missing)
+    key = (folder, json.dumps([asdict(options), job.facts["fingerprint"], places], sort_keys=True), device)
     if key not in _RUNNERS:
         for old in [_RUNNERS.pop(k) for k in list(_RUNNERS)]:
             old.close()

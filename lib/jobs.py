@@ -27,6 +27,7 @@ import socket
 import sys
 import tarfile
 import time
+import traceback
 import uuid
 from collections import Counter
 from dataclasses import dataclass, field
@@ -174,8 +175,8 @@ def list_inputs(source, depth="", limit=0) -> tuple[list[dict], int]:
     source, found, others = Path(source), [], 0
     if source.is_dir():
         root = source
-        for at, folders, files in os.walk(source):
-            folders.sort()
+        for at, folders, files in os.walk(source, onerror=_unreadable):
+            folders[:] = sorted(name for name in folders if not _holds_job(at, name))
             for name in files + folders:
                 if Path(name).suffix.lower() in PICTURES:
                     found.append(Path(at, name))
@@ -183,14 +184,36 @@ def list_inputs(source, depth="", limit=0) -> tuple[list[dict], int]:
                     others += not (depth and Path(name).suffix.lower() in DEPTHS)
     elif source.is_file():
         root = source.parent
-        listed = source.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n")
-        found = [root / line.rstrip("\r") for line in listed if line.strip()]
+        found = [root / line for line in _listed(source)]
     else:
         _refuse_no_source(source)
     items = [_item(path, root, depth) for path in sorted(set(found), key=str)]
+    items = list({item["id"]: item for item in reversed(items)}.values())[::-1]   # a.png, ./a.png and /its/place/a.png
     if not items:
         raise Refused(f"No pictures in {source} (names ending in {', '.join(PICTURES)}).")
     return items[:limit] if limit else items, others
+
+
+def _unreadable(error):
+    print(f"Left out: the folder {error.filename} cannot be read ({error.strerror}).")
+
+
+def _holds_job(at, name) -> bool:
+    """A job's folder among the pictures: what lies in it are outputs, not inputs."""
+    return all(os.path.isfile(os.path.join(at, name, file)) for file in ("run.json", "inputs.jsonl"))
+
+
+def _listed(source) -> list[str]:
+    """The lines of a text file of paths (UTF-8, or UTF-16 as Windows writes it). Refused: it is no text."""
+    with open(source, "rb") as file:
+        data = file.read(1 << 16)
+        utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        if source.suffix.lower() in PICTURES or (b"\0" in data and not utf16):
+            raise Refused(f"{source} is no list of paths: give a folder of pictures, a text file with one path a "
+                          f"line, or a video ({', '.join(VIDEOS)}).")
+        data += file.read()
+    text = data.decode("utf-16", "replace") if utf16 else data.decode("utf-8-sig", "surrogateescape")
+    return [line.rstrip("\r") for line in text.split("\n") if line.strip() and "\0" not in line]
 
 
 def _item(path, root, depth) -> dict:
@@ -219,22 +242,29 @@ def seed_of(name: str, base: int = 0) -> int:
 
 def load_processor(spec: str):
     """The class behind "edit", "layers", "tint", "module:Class" or "file.py:Class". Refused: no such
-    thing."""
+    thing, or it is no processor."""
     from lib import processors
     if spec in processors.KNOWN:
         return processors.KNOWN[spec]
     place, _, name = spec.rpartition(":")
     try:
-        if place.endswith(".py"):
-            found = importlib.util.spec_from_file_location(Path(place).stem, place)
+        if place.endswith(".py"):                                 # under a name of its own: it may be called copy.py
+            found = importlib.util.spec_from_file_location(f"{Path(place).stem} ({os.path.realpath(place)})", place)
             module = sys.modules.setdefault(found.name, importlib.util.module_from_spec(found))
             found.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-        return getattr(module, name)
-    except (ImportError, AttributeError, ValueError, OSError) as error:
-        known = ", ".join(processors.KNOWN)
-        raise Refused(f"No processor '{spec}' ({error}); known: {known}, or module:Class.") from None
+        kind = getattr(module, name)
+    except Exception as error:                                    # whatever the code of a file raises
+        known, last = ", ".join(processors.KNOWN), traceback.extract_tb(error.__traceback__)[-1]
+        line = f", line {last.lineno}" if last.filename == place else ""
+        raise Refused(f"No processor '{spec}' ({type(error).__name__}: {error}{line}); known: {known}, or "
+                      "module:Class.") from None
+    if not (isinstance(kind, type) and issubclass(kind, processors.Processor)):
+        raise Refused(f"'{spec}' is no processor: it must be a subclass of lib.processors.Processor.")
+    if kind.__abstractmethods__:
+        raise Refused(f"'{spec}' is no whole processor: it lacks {', '.join(sorted(kind.__abstractmethods__))}.")
+    return kind
 
 
 @dataclass
@@ -271,13 +301,25 @@ def open_job(folder) -> Job:
     """The job in a folder; Refused when there is none."""
     folder = Path(folder)
     facts = read_json(folder / "run.json")
-    if not facts:
+    if not isinstance(facts, dict) or "fingerprint" not in facts:
         raise Refused(f"{folder} holds no job (no run.json): start one with `run {folder} --input ...`.")
+    facts |= {name: os.path.join(os.path.realpath(folder), facts[name]) for name in ("root", "depth")
+              if facts.get(name)}
     job = Job(folder, facts, read_rows(folder / "inputs.jsonl"))
     if _list_hash(job.items) != facts["fingerprint"]["inputs"]:
         raise Refused(f"{folder / 'inputs.jsonl'} is damaged: it is no more the list of {facts['count']:,} "
                       f"inputs that this job began with. Put the file back, or start again in a new folder.")
     return job
+
+
+def gone(facts) -> str:
+    """Where the inputs' or the depth files' folder is not here: what to do, in words; else "". Not one picture is to
+    blame for that."""
+    for name, option, what in (("root", "input", "inputs"), ("depth", "depth", "depth files")):
+        if facts.get(name) and not os.path.isdir(facts[name]):
+            return (f"The folder of the {what}, {facts[name]}, is not here (moved, or on a drive that is not mounted): "
+                    f"say where it is with --{option}. Nothing finished is lost.")
+    return ""
 
 
 def open_or_create(folder, source="", process="", settings=None, shard_size=0, pack="", depth="", limit=0,
@@ -293,6 +335,8 @@ def open_or_create(folder, source="", process="", settings=None, shard_size=0, p
             raise Refused(f"The {name} is {number}; it must not be negative (0: the usual).")
     if folder.exists() and not folder.is_dir():
         raise Refused(f"{folder} is no folder.")
+    if depth and not os.path.isdir(depth):
+        raise Refused(f"There is no folder of depth files at {depth}.")
     if not (folder / "run.json").is_file():
         if not str(source):
             raise Refused(f"{folder} holds no job yet: say what to work on with --input.")
@@ -312,6 +356,7 @@ def _create(folder, source, process, settings, shard_size, pack, depth, limit, s
     kind = load_processor(process)
     settings = kind.complete(settings)
     _refuse_no_source(source)
+    found = folder.is_dir()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     claim = None
@@ -329,17 +374,29 @@ def _create(folder, source, process, settings, shard_size, pack, depth, limit, s
                        "shard_size": shard_size,
                        "pack": pack or "files", **kind.identity(settings),
                        **{f"settings.{k}": v for k, v in settings.items()}}
-        facts = {"processor": process, "settings": settings, "fingerprint": fingerprint, "root": str(root),
-                 "depth": os.path.realpath(depth) if depth else "",
+        facts = {"processor": _from_anywhere(process), "settings": settings, "fingerprint": fingerprint,
+                 "root": _kept(root, folder), "depth": _kept(depth, folder) if depth else "", "limit": limit,
                  "created": time.strftime("%Y-%m-%d %H:%M:%S"), "count": len(items)}
         write_atomic(folder / "inputs.jsonl", _lines(items))
         write_atomic(folder / "run.json", json.dumps(facts, indent=1).encode())
     finally:
         claim.release()
-        for emptied in (folder / "claims", folder):               # a refusal leaves nothing behind
+        for emptied in [folder / "claims", *([] if found else [folder])]:    # a refusal leaves and takes nothing
             with contextlib.suppress(OSError):
                 emptied.rmdir()
-    return Job(folder, facts, items)
+    return open_job(folder)
+
+
+def _from_anywhere(process) -> str:
+    """The name of a processor, also from another folder: that of a file with its whole path."""
+    place, colon, name = process.rpartition(":")
+    return os.path.abspath(place) + colon + name if place.endswith(".py") else process
+
+
+def _kept(place, folder) -> str:
+    """A folder as run.json keeps it: by its whole path, but inside the job's folder, which may move, from there."""
+    place, home = os.path.realpath(place), os.path.realpath(folder)
+    return os.path.relpath(place, home) if place.startswith(home + os.sep) else place
 
 
 def _refuse_no_source(source):
@@ -365,6 +422,12 @@ def _frozen(folder, source, depth, limit, step, max_side):
     items, others = list_inputs(path, depth, limit)
     if others:
         print(f"Left out in {path}, because not named like pictures: {others}.")
+    without = sum(not item["depth"] for item in items) if depth else 0
+    if without == len(items):
+        raise Refused(f"No picture has a depth file in {depth}: each wants one of its own name, ending in "
+                      f"{', '.join(DEPTHS)}.")
+    if without:
+        print(f"Without a depth file in {depth}: {without} of {len(items)} pictures.")
     return (path if path.is_dir() else path.parent).resolve(), items
 
 
@@ -382,19 +445,19 @@ def _continued(job, source, process, settings, shard_size, pack, depth, limit, s
     new |= {f"settings.{k}": v for k, v in chosen.items()}
     new |= {"processor": (process or job.facts["processor"]).rpartition("/")[2]}
     new |= {"shard_size": shard_size or old["shard_size"], "pack": pack or old["pack"]}
-    root = job.facts["root"]
+    root, was = job.facts["root"], job.facts.get("limit", 0)
     if str(source) and _is_video(source):
         _compare_video(job, Path(source), step, old, new)
     elif str(source):
-        root = _compare_inputs(job, Path(source), depth, limit, new)
+        root = _compare_inputs(job, Path(source), depth or job.facts.get("depth", ""), limit or was, new)
     if depth:
         _compare_depth(job, depth, root, old, new)
-    if 0 < limit < len(job.items):
+    if 0 < limit < len(job.items) or (limit > len(job.items) == was):
         old["limit"], new["limit"] = len(job.items), limit
     refuse_difference(old, new, job.folder)
-    job.facts["root"] = root                                      # the same files may lie elsewhere today
-    job.facts["depth"] = os.path.realpath(depth) if depth else job.facts.get("depth", "")
-    return job
+    job.facts |= {"root": root, "processor": _from_anywhere(process) or job.facts["processor"],
+                  "depth": os.path.realpath(depth) if depth else job.facts.get("depth", "")}
+    return job                                                    # the same files may lie elsewhere today
 
 
 def _compare_depth(job, depth, root, old, new):
@@ -473,7 +536,7 @@ class Claim:
             self.path.parent.mkdir(exist_ok=True)  # whoever comes first: a worker, or a task of Ray
             try:
                 handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            except FileExistsError:
+            except (FileExistsError, FileNotFoundError):          # or the folder went with its last claim meanwhile
                 return False
             try:
                 os.write(handle, self.token.encode())
@@ -555,8 +618,12 @@ class Shard:
         return f"{self.first + position:06d}-{plain}{suffix}"
 
     def all_rows(self) -> list[dict]:
-        files = [self.final] if self.done.exists() else [self.final, *self.parts()]
-        return [row for path in files for row in read_rows(path) if is_manifest_row(row)]
+        done = self.done.exists()
+        files = [self.final] if done else [self.final, *self.parts()]
+        rows = [row for path in files for row in read_rows(path) if is_manifest_row(row)]
+        if not done and self.done.exists():                       # finished, and its parts swept, while we read
+            rows = [row for row in read_rows(self.final) if is_manifest_row(row)]
+        return rows
 
     def final_rows(self) -> list[dict]:
         """At most one row for each input, in order: its latest attempt's."""
@@ -649,6 +716,13 @@ class Shard:
             return tar.extractfile(row["output"]).read()
         return None
 
+    def damaged(self, row) -> bool:
+        """Is the picture of an "ok" row missing, or not what was written?"""
+        if row["status"] != "ok":
+            return False
+        data = self.read_output(row)
+        return data is None or digest(data) != row["sha"]
+
     def names_in(self, base: Path) -> set:
         """Names of this shard's pictures in a job's folder, single or packed."""
         names = set()
@@ -660,21 +734,23 @@ class Shard:
         return names
 
     def reopen(self, statuses) -> int:
-        """Give inputs with these statuses another attempt; returns how many. Safe to kill: done mark goes
-        last."""
+        """Give inputs with these statuses ("damaged": `damaged`) another attempt; returns how many. Safe to kill:
+        done mark goes last."""
         rows = self.final_rows()
-        again = [row for row in rows if row["status"] in statuses]
+        again = [row for row in rows if row["status"] in statuses or ("damaged" in statuses and self.damaged(row))]
         if not again:
             return 0
         if self.packed and self.done.exists():
-            self.out.mkdir(parents=True, exist_ok=True)
+            with writing(self.out):
+                self.out.mkdir(parents=True, exist_ok=True)
             for row in rows:
                 data = self.read_output(row) if row["status"] == "ok" and "root" not in row else None
                 if data is not None:                              # else it is damaged, and will be made again
                     write_atomic(self.out / row["output"], data)
         marks = [{"id": row["id"], "status": "retry", "attempt": row["attempt"] + 1} for row in again]
         write_atomic(self.manifest / f"{self.name}.{uuid.uuid4().hex[:12]}.part.jsonl", _lines(marks))
-        self.done.unlink(missing_ok=True)
+        with writing(self.done):
+            self.done.unlink(missing_ok=True)
         return len(again)
 
 
@@ -717,17 +793,27 @@ def adopt(job: Job, roots) -> int:
     taken = 0
     for number in job.pending():
         shard = job.shard(number)
-        have = {row["id"]: row for row in shard.final_rows() if shard.whole(row)}
-        for other in earlier:
-            theirs = other.shard(number)
-            rows = [row for row in theirs.final_rows() if row["id"] not in have]
-            homes = _homes(theirs, rows, roots) if theirs.done.exists() else {}
-            if len(homes) == len(shard.items):
-                taken += _point_to(shard, rows, homes)
-                break
-            copied = _copy_rows(shard, theirs, rows)
-            taken += len(copied)
-            have |= {row["id"]: row for row in copied}
+        claim = Claim.take(job.folder / "claims" / shard.name)
+        if claim is None:                                         # somebody works on it already
+            continue
+        try:
+            taken += 0 if shard.done.exists() else _adopt_shard(shard, earlier, roots)
+        finally:
+            claim.release()
+    return taken
+
+
+def _adopt_shard(shard, earlier, roots) -> int:
+    taken, have = 0, {row["id"]: row for row in shard.final_rows() if shard.whole(row)}
+    for other in earlier:
+        theirs = other.shard(shard.number)
+        rows = [row for row in theirs.final_rows() if row["id"] not in have]
+        homes = _homes(theirs, rows, roots) if theirs.done.exists() else {}
+        if len(homes) == len(shard.items):
+            return taken + _point_to(shard, rows, homes)
+        copied = _copy_rows(shard, theirs, rows)
+        taken += len(copied)
+        have |= {row["id"]: row for row in copied}
     return taken
 
 

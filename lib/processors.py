@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import math
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -94,6 +95,11 @@ class Processor(ABC):
 
 
 def to_bytes(picture) -> np.ndarray:
+    """uint8 from values in [0, 1]. ValueError for 0 to 255, which would all be white."""
+    picture = np.asarray(picture)
+    if picture.dtype.kind in "ui" or (picture.size and picture.max() > 16):
+        raise ValueError(f"the picture is {picture.dtype} with values up to {picture.max()}; floats in [0, 1] are "
+                         "wanted")
     return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)
 
 
@@ -104,7 +110,9 @@ def _typed(name, value, default):
         if kind is bool and isinstance(value, str):
             return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
         if kind in (int, float) and isinstance(value, str):
-            return kind(value)
+            value = kind(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if kind is str and not isinstance(value, str):
@@ -142,7 +150,7 @@ class Tint(Processor):
 class Layers(Processor):
     """The course's own reader, depth (from item["depth"], else a model) and DeGLaD: the foreground layer."""
     defaults = {"seed": 0, "at": "0.5", "depth_model": "mini", "near_is": "", "max_side": 768}
-    batch = 8
+    batch, known_as = 8, "layers"
 
     def __init__(self, settings, device="cpu"):
         super().__init__(settings, device)
@@ -150,11 +158,12 @@ class Layers(Processor):
 
     @classmethod
     def complete(cls, settings):
-        from lib import models
+        from lib import kaggle
         chosen = super().complete(settings)
+        words = {name.upper(): value for name, value in chosen.items()} | {"DEPTH_NEAR": chosen["near_is"]}
         try:
-            models.check_name(chosen["depth_model"], "depth")
-        except ValueError as error:
+            kaggle.check_parameters(words | {"PROCESS": cls.known_as})
+        except ValueError as error:                               # before there is a job, which would keep them
             raise Refused(str(error)) from None
         return chosen
 
@@ -252,7 +261,7 @@ class Edit(Layers):
                 "steps": 50,
                 "where": "auto", "height": "auto", "depth_model": "mini", "near_is": "", "max_side": 768,
                 "dtype": "auto"}
-    batch = 4
+    batch, known_as = 4, "edit"
 
     def __init__(self, settings, device="cpu"):
         super().__init__(settings, device)
@@ -277,6 +286,13 @@ class Edit(Layers):
         chosen = super().complete(settings)
         if chosen["dtype"] not in ("auto", "float16", "float32"):
             raise Refused(f"dtype is auto, float16 or float32, not {chosen['dtype']!r}.")
+        if Path(chosen["insert"]).suffix and not Path(chosen["insert"]).is_file():
+            raise Refused(f"There is no cut-out file at {chosen['insert']}.")
+        from lib import models
+        try:
+            models.check_name(chosen["model"], "pipeline")
+        except ValueError as error:
+            raise Refused(str(error)) from None
         return chosen
 
     @classmethod

@@ -50,7 +50,8 @@ def table(job: Job) -> list[dict]:
                                     "shard": place // job.facts["fingerprint"]["shard_size"]})
         line = {"place": place, "id": item["id"], "frame_time": times.get(item["id"]), **row}
         line |= {f"seconds_{k}": v for k, v in line.pop("seconds", {}).items()}
-        line |= {f"metric_{k}": v for k, v in line.pop("metrics", {}).items()}
+        line |= {f"metric_{k}": v for k, v in line.pop("metrics", {}).items()
+                 if k not in SCORES or isinstance(v, (int, float))}
         flat.append(line)
     return flat
 

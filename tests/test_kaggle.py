@@ -259,6 +259,10 @@ def test_make_writes_what_push_needs(tmp_path, capsys):
     for wrong, said in (("STEPPS 9", "no parameter STEPPS"), ("STEPS none", "STEPS is a whole number of 1 or more")):
         assert maker().main([*words, "-p", *wrong.split()]) == 1
         assert said in capsys.readouterr().err
+    for wrong, said in ((["--session", "0"], "counts from 1"), (["--data", "frames"], "OWNER/SLUG")):
+        assert maker().main([*words, *wrong]) == 1
+        assert said in capsys.readouterr().err
+    assert maker().main(["someone/else", *words[1:]]) == 1 and "your name in Kaggle's" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,17 @@ def test_make_edit_hands_over_only_what_was_given():
     assert "runs/edit/report.html" in text and '"pictures and report: $OUTPUT/report.html"' in make(
         "edit", "IMAGE=a.jpg", "OUTPUT=it's").stdout
     assert "which picture" not in text and "which picture" in make("edit").stdout
+
+
+@make_only
+def test_make_batch_repeats_its_output_as_a_shell_would_read_it(tmp_path):
+    """A name with quotes or backticks is a name, and no command."""
+    for name in ("it's", 'a "b"', "`touch oops`", "a b"):
+        said = make("batch", "INPUT=film.mp4", f"OUTPUT={name}").stdout
+        line = next(line for line in said.splitlines() if "follow it" in line).removesuffix("\\")
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env={**os.environ, "OUTPUT": name}, capture_output=True,
+                              text=True)
+        assert shlex.split(done.stdout)[-1] == name and not list(tmp_path.iterdir())
 
 
 @make_only
