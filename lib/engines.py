@@ -222,18 +222,8 @@ def ray(job, plan, progress, stopped) -> int:
         import ray as cluster
     except ImportError:
         raise Refused("The engine 'ray' wants the package ray: pip install ray, or take the engine 'local'.") from None
-    root = str(Path(__file__).resolve().parent.parent)
-    if not cluster.is_initialized():
-        alone = {"include_dashboard": False, "num_cpus": plan.workers or None} if not plan.address else {}
-        cluster.init(address=plan.address or None, log_to_driver=False, **alone)
-    have = cluster.cluster_resources()
-    cards = int(have.get("GPU", 0)) if plan.device in ("auto", "cuda") else 0
-    if plan.device == "cuda" and not cards:
-        raise Refused("This Ray cluster has no GPU; --device cpu works without.")
-    width = plan.workers or cards or max(1, int(have.get("CPU", 1)))
+    task, width, device = _ray_task(cluster, plan)
     options = asdict(plan.options) | {"parent": 0, "stop_file": str(job.folder.resolve() / temp_name("stop"))}
-    task = cluster.remote(num_cpus=1, num_gpus=share_of_card(width, cards), max_retries=0,
-                      runtime_env={"env_vars": {"PYTHONPATH": root}})(ray_shard)
     places = places_of(job)
     waiting, running, tries = deque(job.pending()), {}, Counter()
     end = time.monotonic() + (plan.max_seconds or 1e12)
@@ -243,7 +233,6 @@ def ray(job, plan, progress, stopped) -> int:
                 stopped.append(signal.SIGTERM)
             while waiting and len(running) < width and not stopped:
                 number = waiting.popleft()
-                device = "cuda" if cards else "cpu"
                 running[task.remote(str(job.folder.resolve()), places, number, options, device,
                                     tries[number] > 0)] = number
             if stopped:
@@ -257,6 +246,21 @@ def ray(job, plan, progress, stopped) -> int:
     finally:
         Path(options["stop_file"]).unlink(missing_ok=True)
     return DONE
+
+
+def _ray_task(cluster, plan):
+    """(the remote function, how many of them at once, their device), connected to the plan's cluster."""
+    if not cluster.is_initialized():
+        alone = {"include_dashboard": False, "num_cpus": plan.workers or None} if not plan.address else {}
+        cluster.init(address=plan.address or None, log_to_driver=False, **alone)
+    have = cluster.cluster_resources()
+    cards = int(have.get("GPU", 0)) if plan.device in ("auto", "cuda") else 0
+    if plan.device == "cuda" and not cards:
+        raise Refused("This Ray cluster has no GPU; --device cpu works without.")
+    width = plan.workers or cards or max(1, int(have.get("CPU", 1)))
+    where = {"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}}
+    task = cluster.remote(num_cpus=1, num_gpus=share_of_card(width, cards), max_retries=0, runtime_env=where)
+    return task(ray_shard), width, "cuda" if cards else "cpu"
 
 
 def share_of_card(workers, cards) -> float:
@@ -277,32 +281,39 @@ def loopback_cluster(nodes=2, tries=3):
     """
     import ray as cluster
     from ray.cluster_utils import Cluster
-    patience = {"RAY_gcs_server_request_timeout_seconds": "120", "RAY_health_check_timeout_ms": "60000",
-                "RAY_health_check_period_ms": "1000",
-                "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    held = {name: os.environ.get(name) for name in patience}
     small = {"object_store_memory": 80_000_000, "node_ip_address": "127.0.0.2"}    # Ray replaces 127.0.0.1
     bare = {"num_cpus": 0, "include_dashboard": False, "no_monitor": True, "include_log_monitor": False}
+    others = _below()
+    with _patient_ray():
+        try:
+            for left in reversed(range(tries)):
+                made = Cluster()
+                try:
+                    made.add_node(**bare, **small)
+                    workers = [made.add_node(num_cpus=1, **small) for _ in range(nodes)]
+                    made.wait_for_nodes(timeout=60)
+                    cluster.init(address=made.address, log_to_driver=False, logging_level="ERROR")
+                    break
+                except Exception:
+                    if not left:
+                        raise
+                    _shut(cluster, made, others)
+            yield made, workers
+        finally:
+            _shut(cluster, made, others)
+
+
+@contextlib.contextmanager
+def _patient_ray():
+    """Ray's own settings for a busy machine, and no pages of print about a node that dies."""
+    patience = {"RAY_gcs_server_request_timeout_seconds": "120", "RAY_health_check_timeout_ms": "60000",
+                "RAY_health_check_period_ms": "1000", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    held, driver = {name: os.environ.get(name) for name in patience}, sys.modules["ray._private.worker"]
+    loud, driver.print_to_stdstream = driver.print_to_stdstream, lambda *_, **__: None
     os.environ.update(patience)
-    others, driver = _below(), sys.modules["ray._private.worker"]
-    loud = driver.print_to_stdstream                              # which prints pages about a node that dies
-    driver.print_to_stdstream = lambda *_, **__: None
     try:
-        for left in reversed(range(tries)):
-            made = Cluster()
-            try:
-                made.add_node(**bare, **small)
-                workers = [made.add_node(num_cpus=1, **small) for _ in range(nodes)]
-                made.wait_for_nodes(timeout=60)
-                cluster.init(address=made.address, log_to_driver=False, logging_level="ERROR")
-                break
-            except Exception:
-                if not left:
-                    raise
-                _shut(cluster, made, others)
-        yield made, workers
+        yield
     finally:
-        _shut(cluster, made, others)
         driver.print_to_stdstream = loud
         for name, value in held.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
