@@ -73,7 +73,8 @@ batch: .venv/ready
 	$(if $(OUTPUT),,echo 'error: where to? make batch INPUT=film.mp4 OUTPUT=folder' >&2; exit 1;) \
 	printf 'follow it from another terminal: %s -m lib.batch status %q\n' $(BIN) "$$OUTPUT"; \
 	$(BIN) -m lib.setup run notebooks/15_two_gpus_on_kaggle.ipynb build/batch.ipynb -p JOB_ONLY True --timeout 1000000 \
-		--env $(sort $(GIVEN)) --paths INPUT OUTPUT DEPTH INSERT DONE_ROOT --at "$(CALLER)"
+		--env $(sort $(GIVEN)) --paths INPUT OUTPUT DEPTH INSERT DONE_ROOT --at "$(CALLER)" && \
+	{ cd "$(CALLER)"; "$(CURDIR)/$(BIN)" -m lib.batch status "$$OUTPUT"; echo "report: $$OUTPUT/report/report.html"; }
 
 train: .venv/ready
 	$(BIN) -m lib.train $(or $(PART),all)

@@ -482,7 +482,7 @@ def run_notebook(path, out, parameters: dict | None = None, timeout: float = 900
 
     path: the notebook; out: the executed copy, written only when the run ends well; parameters: name -> plain value;
     timeout: seconds for one cell; prepare_only: inject the parameters, run nothing.
-    The notebook runs in its own folder, in this very Python.
+    The notebook runs in its own folder, in this very Python. JOB_ONLY=True leaves out its cells tagged "teaching".
     ValueError: an unknown parameter (the known ones are named). NotebookFailed: a cell failed, took too long, lost
     its kernel, or an error hides in a widget's output; the full trace is then in `<out>.log`.
     """
@@ -499,12 +499,14 @@ def run_notebook(path, out, parameters: dict | None = None, timeout: float = 900
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's kernel, not one in the home folder
     out.parent.mkdir(parents=True, exist_ok=True)
     part, log = out.with_name(f".{out.stem}.part.ipynb"), out.with_suffix(".log")
+    short = out.with_name(f".{out.stem}.short.ipynb")
     log.unlink(missing_ok=True)
     try:
+        source = _without_teaching(path, short) if parameters.get("JOB_ONLY") else path
         quiet = {"extra_arguments": ["--IPKernelApp.log_level=ERROR"]}  # no line about TCP on every start
         with _papermill_words():
             papermill.execute_notebook(
-                str(path), str(part), parameters, kernel_name="python3", cwd=str(path.parent), progress_bar=False,
+                str(source), str(part), parameters, kernel_name="python3", cwd=str(path.parent), progress_bar=False,
                 execution_timeout=math.ceil(timeout), prepare_only=prepare_only, **quiet,
             )
         if not prepare_only:
@@ -514,7 +516,15 @@ def run_notebook(path, out, parameters: dict | None = None, timeout: float = 900
         raise _failed(path, error, log) from None
     finally:
         part.unlink(missing_ok=True)
+        short.unlink(missing_ok=True)
     return out
+
+
+def _without_teaching(path: Path, to: Path) -> Path:
+    notebook = json.loads(path.read_text(encoding="utf8"))
+    notebook["cells"] = [c for c in notebook["cells"] if "teaching" not in c["metadata"].get("tags", [])]
+    to.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf8")
+    return to
 
 
 @contextlib.contextmanager

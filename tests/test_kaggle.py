@@ -250,6 +250,7 @@ def test_make_writes_what_push_needs(tmp_path, capsys):
     (given,) = [c.source for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
     assert 'INPUT = "frames"' in given and "STEPS = 9" in given and "JOB_ONLY = True" in given
     assert (tmp_path / "kernel" / meta["code_file"]).stat().st_size < 900_000
+    assert not any("teaching" in c.metadata.get("tags", []) for c in notebook.cells)
     said = capsys.readouterr().out
     assert f"kaggle kernels push -p {tmp_path / 'kernel'}" in said and "datasets create" not in said
     assert maker().main([*words, "--session", "3"]) == 0

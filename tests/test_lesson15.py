@@ -168,6 +168,7 @@ def test_a_real_batch_from_the_makefile_s_command_line(tmp_path):
     assert (tmp_path / "out" / "report" / "report.html").is_file()
     cells = nbformat.read(tmp_path / "batch.ipynb", 4).cells
     assert not any(c.get("execution_count") for c in cells if c.id in ("sessions", "ray-run", "ex1-code"))
+    assert not {"count-real", "budget", "budget-words"} & {c.id for c in cells}   # a job waits for no lesson
 
 
 # ---------------------------------------------------------------- its promises
