@@ -24,6 +24,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from lib.jobs import FINAL, Job, read_json, read_rows, write_atomic, writing
@@ -142,6 +143,7 @@ def _chart(width=7.4, height=2.7):
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(round(width)))       # labels that do not run into each other
     return figure, axes
 
 
@@ -166,14 +168,15 @@ def chart_over_time(lines, name) -> bytes:
         axes.plot(x, middle, color="#1f4e79", linewidth=1.6, label=f"median of {window}")
     axes.set_xlabel("seconds into the video" if seconds else "place in the list")
     axes.set_ylabel(SCORES[name])
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8.5)
+    axes.set_ylim(0, 1.15 * y.max() or 1)
+    axes.legend(frameon=False, fontsize=8.5, loc="upper right")
     return _png(figure)
 
 
 def chart_histogram(values, name) -> bytes:
     figure, axes = _chart(3.7)
     axes.hist(values, bins=min(40, max(5, len(values) // 4)), color="#4c78a8")
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.axvline(np.median(values), color="#e45756", linewidth=1.2, label="median")
     axes.set_xlabel(SCORES[name])
     axes.set_ylabel("images")
@@ -188,10 +191,11 @@ def chart_ecdf(values, name) -> bytes:
     for share in (0.5, 0.95):
         at = np.quantile(values, share)
         axes.plot([0, at, at], [share, share, 0], color="#999999", linewidth=0.8, linestyle=":")
-        axes.text(at, share, f" {share:.0%} below {at:.3f}", fontsize=8, va="top")
+        side = "left" if at < max(values) / 2 else "right"
+        axes.text(at, share, f" {share:.0%} below {at:.3f} ", fontsize=8, va="top", ha=side)
     axes.set_xlabel(SCORES[name])
     axes.set_ylabel("share of images")
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.05 * max(values) or 1)
     return _png(figure)
 
 
@@ -303,7 +307,7 @@ def make(job: Job, to=None) -> Path:
     if len(values) > 1:
         pictures |= {"over_time": chart_over_time(lines, name), "histogram": chart_histogram(values, name),
                      "ecdf": chart_ecdf(values, name)}
-    if flow["batch"]:
+    if flow["seconds"]:                                           # one batch, or one at each worker at once: no rate
         pictures["throughput"] = chart_throughput(flow)
     pictures |= {which: sheet(job, some, name) for which, some in choose(lines, name).items() if some}
     for which, data in pictures.items():
@@ -334,7 +338,7 @@ def as_html(facts, pictures, bad) -> str:
              f"<style>{STYLE}</style><h1>{safe(facts['job'])}</h1>",
              f"<p class='note'>{done:,} of {facts['inputs']:,} inputs, {state}. Job begun "
              f"{safe(facts['created'])}, report of {time.strftime('%Y-%m-%d %H:%M')}. "
-             f"{facts['images_per_second']:.3g} images a second over {_hours(facts['seconds'])} of work, "
+             f"{_speed(facts)}, "
              f"{len(facts['workers'])} worker processes in all, at most {facts['peak_mb']:,.0f} MB of memory "
              "in one.</p>",
              "<h2>What became of the inputs</h2>", image("status", "status of all inputs"),
@@ -359,6 +363,12 @@ def as_html(facts, pictures, bad) -> str:
                     safe),
               "<h2>Settings</h2>", _rows(facts["fingerprint"].items(), safe), "</html>\n"]
     return "\n".join(part for part in parts if part)
+
+
+def _speed(facts) -> str:
+    if not facts["seconds"]:
+        return "Too few batches to tell a speed"
+    return f"{facts['images_per_second']:.3g} images a second over {_hours(facts['seconds'])} of work"
 
 
 _SPENT = {"wall": "all workers' time, shard by shard", "load": "decoding (in threads)",

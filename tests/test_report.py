@@ -136,3 +136,12 @@ def test_the_bench_in_small():
     text = "\n".join(said)
     assert re.search(r"two workers +\d+\.\d images/s: +\d+\.\d\d x", text)
     assert "of a core while two workers run" in text and "one worker: " in text and "commits" in text
+
+
+def test_one_batch_has_no_speed(tmp_path):
+    drill.make_inputs(tmp_path / "in", 4, 16)
+    made = jobs.open_or_create(tmp_path / "job", tmp_path / "in", "tint")
+    assert batch.work(made, batch.Options(batch=8)) == batch.DONE
+    page = report.make(made)
+    assert "Too few batches to tell a speed, 1 worker" in page.read_text()
+    assert not (page.parent / "throughput.png").exists() and (page.parent / "ecdf.png").exists()
