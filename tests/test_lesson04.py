@@ -76,6 +76,44 @@ def test_exercises_name_minutes_and_difficulty_and_have_four_wrong_answers():
     assert all(len(checks.find(name).wrongs) >= 4 for name in ANSWERS)
 
 
+def _put_back(scale, spread):
+    return lambda x, x0, f, t, abar, noise: f * x + (1 - f) * (scale(abar[t - 1]) * x0 + spread(abar[t - 1]) * noise)
+
+
+STYLES = {
+    "composite_hole": [lambda image, filled, m: image + (filled - image) * m,
+                       lambda image, filled, m: torch.lerp(image, filled, m.expand_as(image))],
+    "hole_psnr": [lambda f, t, m: torch.tensor([-10 * np.log10(float(((a - b) ** 2)[:, h[0] > 0].mean()))
+                                                for a, b, h in zip(f, t, m)], dtype=torch.float32),
+                  lambda f, t, m: -20 * (((f - t) ** 2 * m).sum((1, 2, 3)) / (3 * m.sum((1, 2, 3)))).sqrt().log10()],
+    "patch_distances": [lambda p, x, a: torch.where(a, (p ** 2).sum() - 2 * torch.conv2d(x[None], p[None])[0, 0]
+                                                    + torch.conv2d(x[None] ** 2, torch.ones_like(p)[None])[0, 0],
+                                                    torch.tensor(float("inf"))),
+                        lambda p, x, a: ((x.unfold(1, p.shape[1], 1).unfold(2, p.shape[2], 1) - p[:, None, None]) ** 2
+                                         ).sum((0, 3, 4)) + torch.where(a, 0.0, float("inf"))],
+    "put_known_back": [_put_back(lambda a: float(a) ** 0.5, lambda a: (1 - float(a)) ** 0.5),
+                       _put_back(lambda a: a.item() ** 0.5, lambda a: float(np.sqrt(1 - a.numpy()))),
+                       lambda x, x0, f, t, abar, noise: torch.where(f > 0, x, abar[t - 1] ** 0.5 * x0
+                                                                    + (1 - abar[t - 1]) ** 0.5 * noise)],
+    "jump_forward": [lambda x, s, t, abar, noise: (float(abar[t]) / float(abar[s])) ** 0.5 * x
+                     + (1 - float(abar[t]) / float(abar[s])) ** 0.5 * noise,
+                     lambda x, s, t, abar, noise: (abar[t] / abar[s]) ** 0.5 * x
+                     + (1 - abar[t] - abar[t] / abar[s] * (1 - abar[s])).sqrt() * noise],
+}
+
+
+@pytest.mark.parametrize("name, style", [(name, k) for name in ANSWERS for k in range(len(STYLES[name]))])
+def test_a_right_answer_in_another_style_passes(name, style):
+    assert checks.find(name).run(STYLES[name][style]).status == "pass"
+
+
+def test_the_lowest_level_is_asked_for():
+    """Timestep 0 is not the clean picture: an answer that takes it for clean is wrong there and nowhere else."""
+    g = torch.Generator().manual_seed(0)
+    assert 1 in [t for *_, t, _, _ in checks.find("put_known_back").cases(g)]
+    assert 0 in [s for _, s, *_ in checks.find("jump_forward").cases(g)]
+
+
 # ---------------------------------------------------------------- its versions are the library's
 
 class FakeRun:
