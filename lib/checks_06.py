@@ -213,7 +213,9 @@ def _delta_cases(g):
     for b in (1, 2):
         truth = 1 + 5 * torch.rand(b, 1, 8, 9, generator=g)
         metres = truth * (0.55 + torch.rand(truth.shape, generator=g))
-        cases.append((metres, truth, (torch.rand(truth.shape, generator=g) > 0.3).float()))
+        valid = (torch.rand(truth.shape, generator=g) > 0.3).float()
+        metres[:, 0, 0, :2], truth[:, 0, 0, :2], valid[:, 0, 0, :2] = torch.tensor([5.0, 4]), torch.tensor([4.0, 5]), 1
+        cases.append((metres, truth, valid))                    # a factor of exactly 1.25, both ways: not below it
     return cases
 
 
@@ -236,6 +238,8 @@ register(Check(
         Wrong("the other way", _delta(lambda z, t: t / z < 1.25),
               "you take the ratio one way only: whatever is too FAR passes. Take the larger of z / truth "
               "and truth / z."),
+        Wrong("the limit counts", _delta(lambda z, t: _both(z, t) <= 1.25),
+              "a factor of exactly 1.25 does not count: the ratio must be below it, < and not <=."),
         Wrong("difference", _delta(lambda z, t: (z - t).abs() / t < 0.25),
               "|z - truth| / truth < 0.25 is close but not it: on the near side the limit is truth / 1.25, "
               "which is 20 % nearer, not 25 %. Use the two ratios."),

@@ -130,11 +130,11 @@ def test_other_rooms_have_these_lines_too():
         run_cells("units-column", "units-planes", ROOM=20000100 + k)
 
 
-@pytest.mark.parametrize("bad", [{"ROOM": 5}, {"FIRST": 5}, {"ROOMS": 1}])
+@pytest.mark.parametrize("bad", [{"ROOM": 5}, {"FIRST": 5}, {"ROOMS": 1}, {"ROOMS": 3}, {"FIRST": 29999950}])
 def test_wrong_parameters_are_refused_before_anything_is_loaded(bad):
     from types import SimpleNamespace
     asked = SimpleNamespace(configure=lambda *given: SimpleNamespace(smoke=True))
-    with pytest.raises(ValueError, match=next(iter(bad))):
+    with pytest.raises(ValueError, match="ROOMS must be at least 4"):
         exec(CODE["configure"], {**setup.notebook_parameters(PATH), **bad, "setup": asked})
 
 
@@ -349,6 +349,10 @@ def test_small_drawings_and_statistics():
     assert (mean, n) == (2.5, 4) and half == pytest.approx(1.96 * np.std([1, 2, 3, 4], ddof=1) / 2)
     assert np.isnan(draw.mean_and_interval([1.0])[1])
     assert draw.bars([("a", 0.1, 0.02, 9), ("b", -0.05, float("nan"), 1)], "x").png()[:4] == b"\x89PNG"
+    axis = (view := draw.bars([("a", 0.187, 0.021, 9)], "x")).axes[0].xaxis
+    view.png()
+    ticks = [(axis.get_major_formatter()(place), place) for place in axis.get_ticklocs()]
+    assert all(abs(float(said.rstrip("%")) / 100 - place) < 1e-9 for said, place in ticks), ticks
     with pytest.raises(ValueError, match="one value"):
         draw.stretch(torch.ones(1, 1, 4, 4))
 
