@@ -1,5 +1,6 @@
 """Lesson 06: its form beyond the common one, the promises its text makes, its exercises, its probe and its points."""
 import json
+import math
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import checks_06, depth, scenes, setup, show
+from lib import checks, checks_06, depth, scenes, setup, show
 from lib import widgets_06 as draw
 
 PATH = Path(__file__).resolve().parents[1] / "notebooks" / "06_monocular_depth.ipynb"
@@ -210,6 +211,18 @@ def test_a_hole_counted_as_a_number_spoils_the_fit():
 
 
 # ---------------------------------------------------------------- exercises
+
+STYLES = [("delta_one", lambda z, t, v: (((z / t).log().abs() < math.log(1.25)) * v).sum((1, 2, 3)) / v.sum((1, 2, 3))),
+          ("delta_one", lambda z, t, v: (((z / t < 1.25) & (z / t > 0.8)) * v).sum((1, 2, 3)) / v.sum((1, 2, 3))),
+          ("two_scores", lambda z, t, v: (((z - t).abs() / t * v).sum((1, 2, 3)) / v.sum((1, 2, 3)),
+                                          math.sqrt(float((z - t)[v > 0].square().mean())))),
+          ("inverse_to_depth", lambda x, low, high: (high - x.clamp(low, high)) / (high - low))]
+
+
+@pytest.mark.parametrize("name, answer", STYLES)
+def test_a_right_answer_in_another_style_passes(name, answer):
+    assert checks.find(name).run(answer).status == "pass"
+
 
 def test_the_exercises_answers_equal_the_library(room):
     g = torch.Generator().manual_seed(1)
