@@ -301,6 +301,9 @@ register(Check(
               (1 - f) * abar[t - 1].sqrt() * x0 + f * x + (1 - abar[t - 1]).sqrt() * noise,
               "you add the noise everywhere, also in the hole, whose x_prev already has its noise: only the "
               "known part gets it."),
+        Wrong("as RePaint prints it", _known(lambda t: t, lambda a, x0, noise: a.sqrt() * x0 + (1 - a) * noise),
+              "this is line 5 of RePaint's Algorithm 1 as it is printed, and the print is wrong twice: the level is t - 1, "
+              "and the noise is scaled by the root, sqrt(1 - abar)."),
         Wrong("alpha for the noise", _known(scale=lambda a, x0, noise: a.sqrt() * x0 + (1 - a) * noise),
               "the noise is scaled by the variance 1 - abar; its standard deviation is the root of that."),
     ]))

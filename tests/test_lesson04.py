@@ -53,10 +53,29 @@ def test_the_figures_show_the_lessons_own_rooms():
         widgets_04.rooms(10, first=29999995)
 
 
-@pytest.mark.parametrize("given", [{"ROOMS": 0}, {"SAMPLES": 1}, {"STEPS": 9}, {"STEPS": 1001}])
+@pytest.mark.parametrize("given", [{"ROOMS": 0}, {"SAMPLES": 1}, {"STEPS": 9}, {"STEPS": 1000},
+                                   {"STEPS": 501}, {"STEPS": 334}])
 def test_wrong_parameters_are_refused_before_anything_runs(given):
     with pytest.raises(ValueError, match="ROOMS must be at least 1"):
         exec(CODE["configure"], {"setup": setup, **setup.notebook_parameters(PATH), **given})
+
+
+@pytest.mark.parametrize("steps", [10, 30, 300, 500])
+def test_allowed_steps_begin_near_pure_noise_and_walk_to_the_end(steps):
+    """Beyond 500, and far from a divisor of 1000, a scheduler's first level still holds a good part of the picture."""
+    run_cells("configure", setup=setup, **{**setup.notebook_parameters(PATH), "STEPS": steps})
+    levels = diffusion.ddim(diffusion.teach_scheduler(), steps)
+    assert levels.alphas_cumprod[levels.timesteps[0]] < 0.03 < levels.alphas_cumprod[666]
+    space = run_cells("jump", torch=torch, inpaint=inpaint, run=FakeRun(), levels=levels, steps=steps, jump=(10, 2),
+                      x=torch.randn(1, 3, 8, 8), ts=levels.timesteps.tolist(), theirs=_repaint_scheduler(steps))
+    assert space["stride"] == 1000 // steps
+
+
+def _repaint_scheduler(steps):
+    from diffusers import RePaintScheduler
+    theirs = RePaintScheduler(trained_betas=diffusion.teach_scheduler().betas.numpy(), eta=1.0)
+    theirs.set_timesteps(steps)
+    return theirs
 
 
 def test_every_kind_and_every_method_is_in_the_table():
@@ -66,6 +85,31 @@ def test_every_kind_and_every_method_is_in_the_table():
     assert len(kinds) == len(m) == 10 and set(kinds) == set(masks.KINDS)
     for word in ("PSNR", "SSIM", "feat_dist", "seam", "seconds"):
         assert word in CODE["table"] + CODE["measure"]
+
+
+def test_what_was_not_timed_has_no_time_and_fog_has_no_seam():
+    rows = []
+    run_cells("table", torch=torch, show=type("", (), {"table": lambda r, h: rows.extend(r)}), image=[0] * 10,
+              results={"telea": 0, "truth": 0}, seconds={"telea": 0.5},
+              scores={name: {c: torch.tensor([1.0, float("inf")]) for c in
+                             ("PSNR", "of the mean", "best", "SSIM", "feat_dist", "its best", "seam")}
+                      for name in ("telea", "truth")})
+    assert [row[-1] for row in rows] == ["0.50", ""]
+    image = scenes.render(widgets_04.rooms(10), size=128).rgb
+    hole = widgets_04.holes(2, 128, torch.Generator().manual_seed(0))[1]
+    from lib import metrics
+    seam = {name: metrics.seam(inpaint.fill(image, hole, name), hole).mean() for name in ("telea", "biharmonic", "fillnet")}
+    assert max(seam["telea"], seam["biharmonic"]) < seam["fillnet"]
+
+
+def test_the_curve_of_errors_reaches_the_lowest_level():
+    """The words speak of it, so it is drawn."""
+    for steps in (10, 50, 125):
+        ts = list(range(1000 - 1000 // steps + 1, 0, -(1000 // steps)))
+        line = next(line for line in CODE["why"].splitlines() if "ts_seen" in line and "=" in line)
+        space = {"ts": ts, "steps": steps}
+        exec(line, space)
+        assert space["ts_seen"][0] == ts[0] and space["ts_seen"][-1] == 1 and len(space["ts_seen"]) >= 10
 
 
 # ---------------------------------------------------------------- exercises
