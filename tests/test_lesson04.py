@@ -195,6 +195,15 @@ def test_the_notebooks_repaint_step_and_jump_are_the_librarys():
     assert torch.equal(space["up"](x, range(9, 30), g()), theirs)
 
 
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_object_shaped_hole_that_the_reader_is_sent_to_can_be_made(size):
+    code = re.search(r"`(masks\.object_mask\(.+?\))`", WORDS).group(1)
+    run = FakeRun()
+    run.size = size
+    hole = eval(code, {"masks": masks, "scenes": scenes, "rooms": widgets_04.rooms(1), "run": run})
+    assert hole.shape[-2:] == (size, size) and 0.01 < hole.mean() < 0.5
+
+
 def test_no_cell_writes_again_what_the_library_has():
     defined = set(re.findall(r"^def (\w+)", "\n".join(CODE.values()), re.M))
     assert defined == {"ready", "use_folder", "install", "find_course", "score", "row", "distance", "better",
