@@ -229,7 +229,8 @@ def _value_difference(a, e, tolerance):
         count = int((~torch.isfinite(a)).sum())
         return (f"{count} of {a.numel()} values are NaN or infinite: is there a division by zero, or the root or "
                 "logarithm of a negative number?"), "nan"
-    close = lambda x: torch.allclose(x, e, rtol=0, atol=max(tolerance, 1e-3) * max(1.0, float(e.abs().max())))
+    largest = float(e[torch.isfinite(e)].abs().max()) if torch.isfinite(e).any() else 1.0    # infinity is no scale
+    close = lambda x: torch.allclose(x, e, rtol=0, atol=max(tolerance, 1e-3) * max(1.0, largest))
     if close(-a):
         return "every value has the wrong sign.", "sign"
     if e.min() >= 0 and e.max() <= 1 and close(1 - a):

@@ -140,6 +140,12 @@ def two_scores(metres, truth, valid):
     return relative, (((metres - truth) ** 2 * valid).sum() / valid.sum()).sqrt()
 
 
+def _scores_in_numbers(metres, truth, valid):
+    """`two_scores` with a plain number for the RMSE: then a number and a tensor of one value are both right."""
+    relative, rmse = two_scores(metres, truth, valid)
+    return relative, float(rmse)
+
+
 def _score_cases(g):
     cases = []
     for b in (2, 3):
@@ -157,14 +163,14 @@ def _scores(relative=lambda z, t: (z - t).abs() / t, pool=None, weight=lambda v:
         w = weight(v)
         each = (relative(z, t) * w).sum((1, 2, 3)) / w.sum((1, 2, 3))
         right = (((z - t) ** 2 * w).sum() / w.sum()).sqrt()
-        return each, right if pool is None else pool(z, t, w)
+        return each, float(right if pool is None else pool(z, t, w))
     return answer
 
 
 _per_picture = lambda z, t, w: ((z - t) ** 2 * w).sum((1, 2, 3)) / w.sum((1, 2, 3))
 
 register(Check(
-    name="two_scores", reference=two_scores, cases=_score_cases,
+    name="two_scores", reference=_scores_in_numbers, cases=_score_cases,
     source="lib.checks_06:two_scores lib.depth:abs_rel lib.depth:rmse",
     praise="Right: relative to the truth, over measured pixels, and the root comes last.",
     hints=["AbsRel: |metres - truth| / truth, averaged over the valid pixels of each picture.",
@@ -182,7 +188,13 @@ register(Check(
               "RMSE: you average the pictures' mean squares, so that a picture with few measured pixels "
               "counts as much as a full one. Over the pixels of all pictures together means: one sum, "
               "divided by one count."),
-        Wrong("one AbsRel for all", lambda z, t, v: (((z - t).abs() / t * v).sum() / v.sum(), two_scores(z, t, v)[1]),
+        Wrong("RMSE first", lambda z, t, v: _scores_in_numbers(z, t, v)[::-1],
+              "both scores are right and in the wrong order: return AbsRel of each picture, then the RMSE."),
+        Wrong("ratio of the means", lambda z, t, v: (((z - t).abs() * v).sum((1, 2, 3)) / (t * v).sum((1, 2, 3)),
+                                                     _scores_in_numbers(z, t, v)[1]),
+              "AbsRel: you divide mean by mean. Each pixel's error is divided by its own truth first, then averaged."),
+        Wrong("one AbsRel for all", lambda z, t, v: (((z - t).abs() / t * v).sum() / v.sum(),
+                                                     _scores_in_numbers(z, t, v)[1]),
               "AbsRel: you give one number for all pictures together. It is wanted for each: sum over (1, "
               "2, 3) and keep the batch axis."),
         Wrong("an RMSE for each picture", lambda z, t, v: (two_scores(z, t, v)[0], _per_picture(z, t, v).sqrt()),
@@ -213,7 +225,9 @@ def _delta_cases(g):
     for b in (1, 2):
         truth = 1 + 5 * torch.rand(b, 1, 8, 9, generator=g)
         metres = truth * (0.55 + torch.rand(truth.shape, generator=g))
-        cases.append((metres, truth, (torch.rand(truth.shape, generator=g) > 0.3).float()))
+        valid = (torch.rand(truth.shape, generator=g) > 0.3).float()
+        metres[:, 0, 0, 0], truth[:, 0, 0, 0], valid[:, 0, 0, 0] = 5, 4, 1
+        cases.append((metres, truth, valid))                    # with a factor of exactly 1.25: not below it
     return cases
 
 
@@ -236,6 +250,8 @@ register(Check(
         Wrong("the other way", _delta(lambda z, t: t / z < 1.25),
               "you take the ratio one way only: whatever is too FAR passes. Take the larger of z / truth "
               "and truth / z."),
+        Wrong("the limit counts", _delta(lambda z, t: _both(z, t) <= 1.25),
+              "a factor of exactly 1.25 does not count: the ratio must be below it, < and not <=."),
         Wrong("difference", _delta(lambda z, t: (z - t).abs() / t < 0.25),
               "|z - truth| / truth < 0.25 is close but not it: on the near side the limit is truth / 1.25, "
               "which is 20 % nearer, not 25 %. Use the two ratios."),
@@ -302,6 +318,17 @@ register(Check(
         Wrong("whole angle", _unprojected(focal=lambda size, fov: size[0] / 2 / math.tan(math.radians(fov))),
               "you take the tangent of the whole field of view; half of it lies on each side of the axis: "
               "tan(fov / 2)."),
+        Wrong("whole height", _unprojected(focal=lambda size, fov: size[0] / math.tan(math.radians(fov) / 2)),
+              "your f is twice as long: half the height belongs to half the angle, f = (H / 2) / tan(fov / 2)."),
+        Wrong("X mirrored", lambda c, r, z, size, fov: tuple(
+            v * (1 if k else -1) for k, v in enumerate(unproject_pixel(c, r, z, size, fov))),
+              "your X points left: columns count to the right, and so does X."),
+        Wrong("from the corner", _unprojected(centre=lambda size: (0, 0)),
+              "you measure from the picture's corner: the optical axis passes through its middle, (W / 2, H / 2)."),
+        Wrong("times f", lambda c, r, z, size, fov: tuple(
+            v * (1 if k == 2 else (size[0] / 2 / math.tan(math.radians(fov) / 2)) ** 2)
+            for k, v in enumerate(unproject_pixel(c, r, z, size, fov))),
+              "you multiply by f: pixels are divided by it, (column + 0.5 - W / 2) / f * z."),
         Wrong("degrees", _unprojected(focal=lambda size, fov: size[0] / 2 / math.tan(fov / 2)),
               "math.tan wants radians and gets degrees: math.radians(fov)."),
         Wrong("width for height", _unprojected(focal=lambda size, fov: size[1] / 2 / math.tan(math.radians(fov) / 2)),

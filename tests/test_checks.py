@@ -187,6 +187,7 @@ def test_an_infinity_where_one_belongs_is_right():
     said, _ = difference(torch.tensor([math.inf, 1.0, 3.0]), right)
     assert said.startswith("33%") and "(2,): yours 3, right 2" in said
     assert "(0,): yours 5, right inf" in difference(torch.tensor([5.0, 1.0, 2.0]), right)[0]
+    assert "(0,): yours -inf, right inf" in difference(torch.tensor([-math.inf, 1.0, 2.0]), right)[0]    # no sign
 
 
 def test_hints_and_reveal(capsys):

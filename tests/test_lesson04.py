@@ -53,10 +53,30 @@ def test_the_figures_show_the_lessons_own_rooms():
         widgets_04.rooms(10, first=29999995)
 
 
-@pytest.mark.parametrize("given", [{"ROOMS": 0}, {"SAMPLES": 1}, {"STEPS": 9}, {"STEPS": 1001}])
+@pytest.mark.parametrize("given", [{"ROOMS": 0}, {"SAMPLES": 1}, {"STEPS": 9}, {"STEPS": 1000},
+                                   {"STEPS": 501}, {"STEPS": 334}])
 def test_wrong_parameters_are_refused_before_anything_runs(given):
     with pytest.raises(ValueError, match="ROOMS must be at least 1"):
         exec(CODE["configure"], {"setup": setup, **setup.notebook_parameters(PATH), **given})
+
+
+@pytest.mark.parametrize("steps", [10, 30, 50, 500])
+def test_allowed_steps_begin_near_pure_noise_and_walk_to_the_end(steps):
+    """Beyond 500, and far from a divisor of 1000, a scheduler's first level still holds a good part of the picture."""
+    jump = run_cells("configure", setup=setup, **{**setup.notebook_parameters(PATH), "STEPS": steps})["jump"]
+    assert any(way == "up" for way, _ in inpaint.repaint_times(list(range(steps)), *jump))       # else (c) would be (b)
+    levels = diffusion.ddim(diffusion.teach_scheduler(), steps)
+    assert levels.alphas_cumprod[levels.timesteps[0]] < 0.03 < levels.alphas_cumprod[666]
+    space = run_cells("jump", torch=torch, inpaint=inpaint, run=FakeRun(), levels=levels, steps=steps, jump=jump,
+                      x=torch.randn(1, 3, 8, 8), ts=levels.timesteps.tolist(), theirs=_repaint_scheduler(steps))
+    assert space["stride"] == 1000 // steps
+
+
+def _repaint_scheduler(steps):
+    from diffusers import RePaintScheduler
+    theirs = RePaintScheduler(trained_betas=diffusion.teach_scheduler().betas.numpy(), eta=1.0)
+    theirs.set_timesteps(steps)
+    return theirs
 
 
 def test_every_kind_and_every_method_is_in_the_table():
@@ -68,12 +88,75 @@ def test_every_kind_and_every_method_is_in_the_table():
         assert word in CODE["table"] + CODE["measure"]
 
 
+def test_what_was_not_timed_has_no_time_and_fog_has_no_seam():
+    rows = []
+    run_cells("table", torch=torch, show=type("", (), {"table": lambda r, h: rows.extend(r)}), image=[0] * 10,
+              results={"telea": 0, "truth": 0}, seconds={"telea": 0.5},
+              scores={name: {c: torch.tensor([1.0, float("inf")]) for c in
+                             ("PSNR", "of the mean", "best", "SSIM", "feat_dist", "its best", "seam")}
+                      for name in ("telea", "truth")})
+    assert [row[-1] for row in rows] == ["0.50", ""]
+    image = scenes.render(widgets_04.rooms(10), size=128).rgb
+    hole = widgets_04.holes(2, 128, torch.Generator().manual_seed(0))[1]
+    from lib import metrics
+    seam = {name: metrics.seam(inpaint.fill(image, hole, name), hole).mean() for name in ("telea", "biharmonic", "fillnet")}
+    assert max(seam["telea"], seam["biharmonic"]) < seam["fillnet"]
+
+
+def test_the_curve_of_errors_reaches_the_lowest_level():
+    """The words speak of it, so it is drawn."""
+    for steps in (10, 50, 125):
+        ts = list(range(1000 - 1000 // steps + 1, 0, -(1000 // steps)))
+        line = next(line for line in CODE["why"].splitlines() if "ts_seen" in line and "=" in line)
+        space = {"ts": ts, "steps": steps}
+        exec(line, space)
+        assert space["ts_seen"][0] == ts[0] and space["ts_seen"][-1] == 1 and len(space["ts_seen"]) >= 10
+
+
 # ---------------------------------------------------------------- exercises
 
 def test_exercises_name_minutes_and_difficulty_and_have_four_wrong_answers():
     heads = re.findall(r"^### Exercise (\d) · .+\((\d+) minutes, (easy|medium|hard).*\)$", WORDS, re.M)
     assert [head[0] for head in heads] == ["1", "2", "3", "4", "5"]
     assert all(len(checks.find(name).wrongs) >= 4 for name in ANSWERS)
+
+
+def _put_back(scale, spread):
+    return lambda x, x0, f, t, abar, noise: f * x + (1 - f) * (scale(abar[t - 1]) * x0 + spread(abar[t - 1]) * noise)
+
+
+STYLES = {
+    "composite_hole": [lambda image, filled, m: image + (filled - image) * m,
+                       lambda image, filled, m: torch.lerp(image, filled, m.expand_as(image))],
+    "hole_psnr": [lambda f, t, m: torch.tensor([-10 * np.log10(float(((a - b) ** 2)[:, h[0] > 0].mean()))
+                                                for a, b, h in zip(f, t, m)], dtype=torch.float32),
+                  lambda f, t, m: -20 * (((f - t) ** 2 * m).sum((1, 2, 3)) / (3 * m.sum((1, 2, 3)))).sqrt().log10()],
+    "patch_distances": [lambda p, x, a: torch.where(a, (p ** 2).sum() - 2 * torch.conv2d(x[None], p[None])[0, 0]
+                                                    + torch.conv2d(x[None] ** 2, torch.ones_like(p)[None])[0, 0],
+                                                    torch.tensor(float("inf"))),
+                        lambda p, x, a: ((x.unfold(1, p.shape[1], 1).unfold(2, p.shape[2], 1) - p[:, None, None]) ** 2
+                                         ).sum((0, 3, 4)) + torch.where(a, 0.0, float("inf"))],
+    "put_known_back": [_put_back(lambda a: float(a) ** 0.5, lambda a: (1 - float(a)) ** 0.5),
+                       _put_back(lambda a: a.item() ** 0.5, lambda a: float(np.sqrt(1 - a.numpy()))),
+                       lambda x, x0, f, t, abar, noise: torch.where(f > 0, x, abar[t - 1] ** 0.5 * x0
+                                                                    + (1 - abar[t - 1]) ** 0.5 * noise)],
+    "jump_forward": [lambda x, s, t, abar, noise: (float(abar[t]) / float(abar[s])) ** 0.5 * x
+                     + (1 - float(abar[t]) / float(abar[s])) ** 0.5 * noise,
+                     lambda x, s, t, abar, noise: (abar[t] / abar[s]) ** 0.5 * x
+                     + (1 - abar[t] - abar[t] / abar[s] * (1 - abar[s])).sqrt() * noise],
+}
+
+
+@pytest.mark.parametrize("name, style", [(name, k) for name in ANSWERS for k in range(len(STYLES[name]))])
+def test_a_right_answer_in_another_style_passes(name, style):
+    assert checks.find(name).run(STYLES[name][style]).status == "pass"
+
+
+def test_the_lowest_level_is_asked_for():
+    """Timestep 0 is not the clean picture: an answer that takes it for clean is wrong there and nowhere else."""
+    g = torch.Generator().manual_seed(0)
+    assert 1 in [t for *_, t, _, _ in checks.find("put_known_back").cases(g)]
+    assert 0 in [s for _, s, *_ in checks.find("jump_forward").cases(g)]
 
 
 # ---------------------------------------------------------------- its versions are the library's
@@ -111,6 +194,15 @@ def test_the_notebooks_repaint_step_and_jump_are_the_librarys():
         assert torch.equal(mine, inpaint.repaint_step(space["levels"], output, t, x, x0, hole, g()))
     theirs = inpaint.forward_jump(space["levels"], x, range(9, 30), g())
     assert torch.equal(space["up"](x, range(9, 30), g()), theirs)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_object_shaped_hole_that_the_reader_is_sent_to_can_be_made(size):
+    code = re.search(r"`(masks\.object_mask\(.+?\))`", WORDS).group(1)
+    run = FakeRun()
+    run.size = size
+    hole = eval(code, {"masks": masks, "scenes": scenes, "rooms": widgets_04.rooms(1), "run": run})
+    assert hole.shape[-2:] == (size, size) and 0.01 < hole.mean() < 0.5
 
 
 def test_no_cell_writes_again_what_the_library_has():

@@ -1,5 +1,6 @@
 """Lesson 06: its form beyond the common one, the promises its text makes, its exercises, its probe and its points."""
 import json
+import math
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import checks_06, depth, scenes, setup, show
+from lib import checks, checks_06, depth, scenes, setup, show
 from lib import widgets_06 as draw
 
 PATH = Path(__file__).resolve().parents[1] / "notebooks" / "06_monocular_depth.ipynb"
@@ -130,11 +131,11 @@ def test_other_rooms_have_these_lines_too():
         run_cells("units-column", "units-planes", ROOM=20000100 + k)
 
 
-@pytest.mark.parametrize("bad", [{"ROOM": 5}, {"FIRST": 5}, {"ROOMS": 1}])
+@pytest.mark.parametrize("bad", [{"ROOM": 5}, {"FIRST": 5}, {"ROOMS": 1}, {"ROOMS": 3}, {"FIRST": 29999950}])
 def test_wrong_parameters_are_refused_before_anything_is_loaded(bad):
     from types import SimpleNamespace
     asked = SimpleNamespace(configure=lambda *given: SimpleNamespace(smoke=True))
-    with pytest.raises(ValueError, match=next(iter(bad))):
+    with pytest.raises(ValueError, match="ROOMS must be at least 4"):
         exec(CODE["configure"], {**setup.notebook_parameters(PATH), **bad, "setup": asked})
 
 
@@ -210,6 +211,18 @@ def test_a_hole_counted_as_a_number_spoils_the_fit():
 
 
 # ---------------------------------------------------------------- exercises
+
+STYLES = [("delta_one", lambda z, t, v: (((z / t).log().abs() < math.log(1.25)) * v).sum((1, 2, 3)) / v.sum((1, 2, 3))),
+          ("delta_one", lambda z, t, v: (((z / t < 1.25) & (z / t > 0.8)) * v).sum((1, 2, 3)) / v.sum((1, 2, 3))),
+          ("two_scores", lambda z, t, v: (((z - t).abs() / t * v).sum((1, 2, 3)) / v.sum((1, 2, 3)),
+                                          math.sqrt(float((z - t)[v > 0].square().mean())))),
+          ("inverse_to_depth", lambda x, low, high: (high - x.clamp(low, high)) / (high - low))]
+
+
+@pytest.mark.parametrize("name, answer", STYLES)
+def test_a_right_answer_in_another_style_passes(name, answer):
+    assert checks.find(name).run(answer).status == "pass"
+
 
 def test_the_exercises_answers_equal_the_library(room):
     g = torch.Generator().manual_seed(1)
@@ -349,6 +362,10 @@ def test_small_drawings_and_statistics():
     assert (mean, n) == (2.5, 4) and half == pytest.approx(1.96 * np.std([1, 2, 3, 4], ddof=1) / 2)
     assert np.isnan(draw.mean_and_interval([1.0])[1])
     assert draw.bars([("a", 0.1, 0.02, 9), ("b", -0.05, float("nan"), 1)], "x").png()[:4] == b"\x89PNG"
+    axis = (view := draw.bars([("a", 0.187, 0.021, 9)], "x")).axes[0].xaxis
+    view.png()
+    ticks = [(axis.get_major_formatter()(place), place) for place in axis.get_ticklocs()]
+    assert all(abs(float(said.rstrip("%")) / 100 - place) < 1e-9 for said, place in ticks), ticks
     with pytest.raises(ValueError, match="one value"):
         draw.stretch(torch.ones(1, 1, 4, 4))
 
