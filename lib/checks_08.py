@@ -1,10 +1,12 @@
 """Exercises of lesson 08: names, a recorder, a blend of two sources, attention over joined tokens, an inversion step."""
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from lib.checks import Check, Wrong, register
+from lib.checks_02 import FittingCheck
 
 
 # ---------------------------------------------------------------- 1. which processors
@@ -26,7 +28,33 @@ def _chosen(test, change=lambda name: name):
     return lambda names: [change(name) for name in names if test(name)]
 
 
-register(Check(
+@dataclass(frozen=True)
+class NamesCheck(Check):
+    """A Check of a list of names that says how another kind of answer becomes one, and names what is amiss."""
+
+    def run(self, function):
+        result = super().run(function)
+        if result.status != "fail" or result.mistake not in ("", "count", "value"):
+            return result
+        names, = self.cases(torch.Generator())[0]
+        try:
+            answer = function(list(names))
+        except Exception:
+            return result
+        if not isinstance(answer, (list, tuple)):
+            kind = type(answer).__name__
+            return self._fail(f"your function returns a {kind}; it should return a list: [name for name in names if "
+                              "...], or list(filter(...)).", "no list")
+        wanted = self.reference(names)
+        for what, some in (("these should not be in it", [n for n in answer if n not in wanted]),
+                           ("these are missing", [n for n in wanted if n not in answer])):
+            if some:
+                return self._fail(f"your list has {len(answer)} names, the right one {len(wanted)}; {what}: "
+                                  f"{', '.join(map(str, some))}.", "names")
+        return result
+
+
+register(NamesCheck(
     name="decoder_self_attention", reference=decoder_self_attention, cases=_name_cases,
     source="lib.checks_08:decoder_self_attention lib.attention:layers lib.attention:select",
     praise="Right: these and no others. Had none been found, you would want to hear of it at once.",
@@ -42,6 +70,11 @@ register(Check(
         Wrong("everywhere", _chosen(lambda n: ".attn1." in n),
               "these are the self-attention layers of the whole U-Net: the encoder's (down) and the "
               "middle's are among them."),
+        Wrong("the middle, too", _chosen(lambda n: not n.startswith("down_blocks.") and ".attn1." in n),
+              "the middle's layers (mid_block) are among them: it lies between encoder and decoder, and is neither."),
+        Wrong("one block only", _chosen(lambda n: n.startswith("up_blocks.1.") and ".attn1." in n),
+              "you take one block of the decoder, up_blocks.1: all blocks whose name begins with up_blocks. belong "
+              "to it."),
         Wrong("the encoder", _chosen(lambda n: n.startswith("down_blocks.") and ".attn1." in n),
               "these are the encoder's layers (down_blocks); the decoder climbs back up, in up_blocks."),
         Wrong("module names", _chosen(lambda n: n.startswith("up_blocks.") and ".attn1." in n,
@@ -103,6 +136,11 @@ def _one_head(attn, x):
     return attn.to_out[0](F.scaled_dot_product_attention(attn.to_q(x), attn.to_k(x), attn.to_v(x)))
 
 
+def _wide_scale(attn, x):
+    q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in (attn.to_q(x), attn.to_k(x), attn.to_v(x)))
+    return attn.to_out[0]((q @ k.mT / math.sqrt(x.shape[-1])).softmax(-1).matmul(v).transpose(1, 2).flatten(2))
+
+
 _second = lambda x: x[len(x) // 2:]
 
 register(Check(
@@ -122,6 +160,13 @@ register(Check(
               "conditional half."),
         Wrong("every second", _recorder_with(lambda a, x, o, k, v: (o, k[1::2], v[1::2])),
               "you keep every second picture; the halves lie one behind the other, not interleaved."),
+        Wrong("half the tokens", _recorder_with(lambda a, x, o, k, v: (
+            o, k[:, k.shape[1] // 2:], v[:, v.shape[1] // 2:])),
+              "you keep half of the tokens of every picture; the conditional half is half of the *pictures*, along "
+              "the first axis."),
+        Wrong("output of one half", _recorder_with(lambda a, x, o, k, v: (_second(o), _second(k), _second(v))),
+              "the output is that of the conditional half alone; the U-Net goes on with the whole batch: only K and V "
+              "are halved."),
         Wrong("K and V swapped", _recorder_with(lambda a, x, o, k, v: (o, _second(v), _second(k))),
               "K and V are swapped: return (output, K, V)."),
         Wrong("queries kept", _recorder_with(lambda a, x, o, k, v: (o, _second(a.to_q(x)), _second(v))),
@@ -138,6 +183,10 @@ register(Check(
               "channels first, unflatten(-1, (heads, -1)), then transpose(1, 2)."),
         Wrong("not scaled", _recorder_with(lambda a, x, o, k, v: (_not_scaled(a, x), _second(k), _second(v))),
               "the scores are not divided by sqrt(d), with d the width of ONE head."),
+        Wrong("sqrt of the layer's width", _recorder_with(
+            lambda a, x, o, k, v: (_wide_scale(a, x), _second(k), _second(v))),
+              "you divide the scores by the root of the layer's width C; each head compares vectors of width C / "
+              "attn.heads, so that is the d of sqrt(d)."),
         Wrong("one head", _recorder_with(lambda a, x, o, k, v: (_one_head(a, x), _second(k), _second(v))),
               "you compute one wide head: split the channels into attn.heads heads first, or the recorder "
               "changes the picture."),
@@ -161,7 +210,8 @@ def _blend_cases(g):
         own, near, far = (torch.randn(b, h * w, c, generator=g) for _ in range(3))
         mask = F.interpolate((torch.rand(b, 1, 3 * h, 3 * w, generator=g) > 0.6).float(), scale_factor=2)
         cases.append((own, near, far, mask, strength, (h, w)))
-    return cases
+    soft = mask * torch.rand(mask.shape, generator=g)                   # a soft mask: any share in [0, 1]
+    return [*cases, (own, near, far, soft, 1.0, (h, w)), (own, near, far, soft, 0.0, (h, w))]
 
 
 _tokens = lambda m: m.flatten(2).transpose(1, 2)
@@ -172,8 +222,14 @@ def _blend_with(weights=_share, mix=lambda own, near, far, m, s: own + s * (m * 
     return lambda own, near, far, mask, strength, size: mix(own, near, far, weights(mask, size), strength)
 
 
-register(Check(
+register(FittingCheck(
     name="blend_two", reference=blend_two, cases=_blend_cases,
+    fitting=lambda g: [(*torch.randn(3, 1, 4, 4, generator=g), torch.rand(1, 1, 8, 8, generator=g), 0.6, (2, 2))],
+    misfits=[
+        Wrong("mask not transposed", _blend_with(lambda mask, size: F.adaptive_avg_pool2d(mask, size).flatten(2)),
+              "the pooled mask has its tokens along the last axis, where own has its channels: it should be (B, N, "
+              "1), one number for each token's row. flatten(2) gives (B, 1, N); then transpose(1, 2)."),
+    ],
     source="lib.checks_08:blend_two lib.attention:pool_mask lib.attention:_blend",
     praise="Right: each token draws on the layer that it should belong to, as strongly as you say. This line is FeatGLaC.",
     hints=["First bring the mask to the layer's grid: adaptive_avg_pool2d(mask, size), then (B, N, 1), row by row.",
@@ -195,6 +251,9 @@ register(Check(
               "its whole area: adaptive_avg_pool2d."),
         Wrong("hard mask", _blend_with(lambda mask, size: (_share(mask, size) > 0.5).float()),
               "you round the mask to 0 and 1; tokens on an edge belong to both sources in part."),
+        Wrong("mask rounded first", _blend_with(lambda mask, size: _share((mask > 0.5).float(), size)),
+              "you round the mask to 0 and 1 before you average it: its values may lie anywhere in [0, 1] (a soft "
+              "edge), and each counts with its own share."),
         Wrong("mask not resized", lambda own, near, far, mask, strength, size: _blend_with(
             lambda mask, size: _tokens(mask)[:, :own.shape[1]])(own, near, far, mask, strength, size),
               "the mask is not resized to the layer's grid: you take the first tokens' worth of its "
@@ -203,6 +262,16 @@ register(Check(
               "tokens are counted row by row, yours column by column: flatten the grid as (h, w)."),
         Wrong("no strength", _blend_with(mix=lambda o, n, f, m, s: m * n + (1 - m) * f),
               "the strength is not used: this is outright replacement, at every strength."),
+        Wrong("added", _blend_with(mix=lambda o, n, f, m, s: o + s * (m * n + (1 - m) * f)),
+              "you add the sources on top of the own tokens; a blend takes as much of these away: (1 - strength) * "
+              "own."),
+        Wrong("own tokens lost", _blend_with(mix=lambda o, n, f, m, s: s * (m * n + (1 - m) * f)),
+              "the sources' part is right, but the own tokens are gone: add (1 - strength) * own."),
+        Wrong("strength on the mask", _blend_with(mix=lambda o, n, f, m, s: s * m * n + (1 - s * m) * f),
+              "you multiply the mask by the strength, so that weak means *far* and own never counts: the strength "
+              "says how far to go from the own tokens to the sources."),
+        Wrong("one mask for all pictures", _blend_with(lambda mask, size: _share(mask[:1], size)),
+              "you use the first picture's mask for the whole batch: every picture has a mask of its own."),
         Wrong("far forgotten", _blend_with(mix=lambda o, n, f, m, s: o + s * m * (n - o)),
               "only `near` is blended in; where the mask is 0, `far` provides, not the generation itself."),
     ]))
@@ -262,6 +331,10 @@ register(Check(
         Wrong("weight on the values", _shared_with(lambda s, w: s, lambda v, r, w: torch.cat([v, w * r], 1)),
               "you scale the reference's values: that makes them darker or brighter, not rarer. The weight "
               "belongs into the softmax."),
+        Wrong("log divided, too", lambda q, k, v, k_ref, v_ref, weight: shared_attention(
+            q, k, v, k_ref, v_ref, weight ** (1 / math.sqrt(q.shape[-1]))),
+              "log(weight) is divided by sqrt(d) with the scores, so the weight hardly counts: divide first, then add "
+              "log(weight)."),
         Wrong("values in another order", _shared_with(values=lambda v, r, w: torch.cat([r, v], 1)),
               "keys and values are joined in different orders, so keys fetch the wrong values."),
         Wrong("queries joined too", lambda q, k, v, k_ref, v_ref, weight: shared_attention(
@@ -314,6 +387,12 @@ register(Check(
               "you noise z as if it were clean: it has some noise already, so predict z_0 first."),
         Wrong("stays clean", lambda z, eps, below, t: (z - (1 - below).sqrt() * eps) / below.sqrt(),
               "this is the predicted z_0: the second half is missing, noise it to level t."),
+        Wrong("noise of the level below", lambda z, eps, below, t: inverse_step(z, eps, below, t)
+              - ((1 - t).sqrt() - (1 - below).sqrt()) * eps,
+              "z_0 is right, but you add as much noise as the level below has: at t it is sqrt(1 - abar_t) eps."),
+        Wrong("z_0 not shrunk", lambda z, eps, below, t: inverse_step(z, eps, below, t) / t.sqrt()
+              + (1 - 1 / t.sqrt()) * (1 - t).sqrt() * eps,
+              "z_0 goes in at full size: at level t it has the share sqrt(abar_t)."),
         Wrong("noise added on top", lambda z, eps, below, t: (t / below).sqrt() * z + (1 - t / below).sqrt() * eps,
               "this adds noise on top, as the forward process does with *fresh* noise; eps is in z "
               "already, and amplitudes of the same noise add, not variances."),

@@ -64,9 +64,15 @@ def word_map(bank, layers, t, key, size):
 
 
 def noun_places(listed, names):
-    """Where the noun of each (colour, noun) name stands in `words_of` a prompt; None where it is left out."""
-    after = {(first, second): place for (_, first), (place, second) in zip(listed, listed[1:])}
-    return [after.get((name[0], name[-1])) for name in names]
+    """Where the noun of each name, a list such as ["red", "glass", "ball"], stands in `words_of` a prompt.
+
+    None for a name that the prompt leaves out.
+    """
+    words, found = [word for _, word in listed], []
+    for name in map(list, names):
+        ends = [i + len(name) - 1 for i in range(len(words)) if words[i:i + len(name)] == name]
+        found.append(listed[ends[-1]][0] if ends else None)
+    return found
 
 
 def words_of(pipe, prompt):

@@ -75,7 +75,8 @@ def test_what_a_source_gets_wrong_is_said():
     assert len(said) == 2 and "clean" in said[0] and "timestep $t$" in said[0] and "soft constraint" in said[1]
 
 
-@pytest.mark.parametrize("bad", [{"FROM": 5}, {"TO": 10_000_001}, {"STEPS": 1}, {"ROOMS": 5}])
+@pytest.mark.parametrize("bad", [{"FROM": 5}, {"TO": 10_000_001}, {"STEPS": 1}, {"STEPS": 1000},
+                                 {"STEPS": 2.5}, {"ROOMS": 5}, {"ROOMS": 1.5}, {"GUIDANCE": 0.5}, {"GUIDANCE": "3"}])
 def test_wrong_parameters_are_refused_before_anything_is_loaded(bad):
     from types import SimpleNamespace
     asked = SimpleNamespace(configure=lambda *given: SimpleNamespace(smoke=True))
@@ -277,6 +278,62 @@ def test_the_usual_mistakes_are_named():
         assert checks.find(name).run(answer).mistake == mistake
     broken = checks.find("recorder").run(lambda attn, x: attn.to_keys(x))
     assert broken.status == "fail" and "AttributeError" in broken.message and broken.mistake == ""
+
+
+def _recorder(scale=lambda attn, x: (x.shape[-1] / attn.heads) ** 0.5, keep=lambda k: k.chunk(2)[1], go_on=lambda o: o):
+    def answer(attn, x):
+        q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+        q_, k_, v_ = (attention.split_heads(y, attn.heads) for y in (q, k, v))
+        out = attention.merge_heads((q_ @ k_.mT / scale(attn, x)).softmax(-1) @ v_)
+        return go_on(attn.to_out[0](out)), keep(k), keep(v)
+    return answer
+
+
+def _blended(share, mix=lambda o, g, s: (1 - s) * o + s * g):
+    def answer(own, near, far, mask, strength, size):
+        m = share(mask, size)
+        return mix(own, m * near + (1 - m) * far, strength)
+    return answer
+
+
+def _pooled(mask, size):
+    return torch.nn.functional.adaptive_avg_pool2d(mask, size).flatten(2).mT
+
+
+@pytest.mark.parametrize("name, answer, mistake", [
+    ("decoder_self_attention", lambda names: filter(lambda n: n.startswith("up_blocks.") and ".attn1." in n, names), "no list"),
+    ("decoder_self_attention", lambda names: [n for n in names if "down" not in n and ".attn1." in n], "the middle, too"),
+    ("decoder_self_attention", lambda names: [n for n in names if "up_blocks.1." in n and "attn1" in n], "one block only"),
+    ("decoder_self_attention", lambda names: [n for n in names if "up" in n and ".attn1." in n][:-1], "names"),
+    ("recorder", _recorder(), ""),
+    ("recorder", _recorder(keep=lambda k: k[:, k.shape[1] // 2:]), "half the tokens"),
+    ("recorder", _recorder(go_on=lambda out: out.chunk(2)[1]), "output of one half"),
+    ("recorder", _recorder(scale=lambda attn, x: x.shape[-1] ** 0.5), "sqrt of the layer's width"),
+    ("blend_two", _blended(_pooled), ""),
+    ("blend_two", _blended(_pooled, lambda o, g, s: torch.lerp(o, g, s)), ""),
+    ("blend_two", _blended(lambda mask, size: _pooled((mask > 0.5).float(), size)), "mask rounded first"),
+    ("blend_two", _blended(lambda mask, size: _pooled(mask, size).mT), "mask not transposed"),
+    ("blend_two", _blended(lambda mask, size: _pooled(mask[:1], size)), "one mask for all pictures"),
+    ("blend_two", _blended(_pooled, lambda o, g, s: o + s * g), "added"),
+    ("blend_two", _blended(_pooled, lambda o, g, s: s * g), "own tokens lost"),
+    ("shared_attention", lambda q, k, v, k_ref, v_ref, w: attention.attention(
+        q, torch.cat([k, k_ref], 1), torch.cat([v, v_ref], 1),
+        bias=torch.tensor([0.0] * k.shape[1] + [float(np.log(w))] * k.shape[1]) / q.shape[-1] ** 0.5), "log divided, too"),
+    ("inverse_step", lambda z, e, a, b: b**0.5 * (z - (1 - a)**0.5 * e) / a**0.5 + (1 - a)**0.5 * e, "noise of the level below"),
+    ("inverse_step", lambda z, e, a, b: (z - (1 - a)**0.5 * e) / a**0.5 + (1 - b)**0.5 * e, "z_0 not shrunk"),
+])
+def test_more_usual_mistakes_are_named(name, answer, mistake):
+    """An empty mistake: the answer is right, in another style."""
+    result = checks.find(name).run(answer)
+    assert (result.status, result.mistake) == ("fail" if mistake else "pass", mistake), result.message
+
+
+def test_a_best_that_is_no_better_to_the_digits_shown_is_not_called_better(capsys):
+    space = {"torch": torch, "curve": {0.0: {"things": 0.1112, "room": 0.24}}, "zones": ("things", "room"),
+             "sets": ("up",), "names": ["up"], "thirds": [(0.0, 1.0)] * 4, "heat": [[{"things": 0.1109, "room": 0.13}] * 4]}
+    exec(CODE["map-verdict"], space)
+    things, room = capsys.readouterr().out.splitlines()
+    assert things.endswith("and no choice is better") and "best 0.130 with layers up" in room
 
 
 def test_nothing_depends_on_a_stub():
