@@ -143,12 +143,11 @@ class Runner:
     def _decode(self, item):
         """(decoded, Outcome or None, seconds); whatever a damaged file makes a decoder raise is bad_input."""
         begin, facts = time.perf_counter(), self.at.job.facts
-        path = os.path.join(facts["root"], item["path"])
+        found = self.at.job.placed(item)
+        path = found["path"]
         try:
             _unchanged(path, item["bytes"], "the file")
-            found = {**item, "path": path}
             if item.get("depth"):
-                found["depth"] = os.path.join(facts.get("depth", ""), item["depth"])
                 _unchanged(found["depth"], item.get("depth_bytes", -1), "its depth file")
             return self.processor.decode(found), None, time.perf_counter() - begin
         except Exception as error:

@@ -274,6 +274,13 @@ class Job:
     facts: dict
     items: list[dict] = field(repr=False)
 
+    def placed(self, item) -> dict:
+        """The item with whole paths, as a processor's `decode` wants it."""
+        found = {**item, "path": os.path.join(self.facts["root"], item["path"])}
+        if item.get("depth"):
+            found["depth"] = os.path.join(self.facts.get("depth", ""), item["depth"])
+        return found
+
     @property
     def shards(self) -> range:
         return range(-(-len(self.items) // self.facts["fingerprint"]["shard_size"]))
