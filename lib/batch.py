@@ -569,7 +569,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _lease(text) -> float:
     if not 1 <= _seconds(text):
-        raise argparse.ArgumentTypeError(f"{text} is too short: 1 second is the least, and a batch must fit in")
+        raise argparse.ArgumentTypeError(f"{text} is too short: 1 second is the least")
     return float(text)
 
 
@@ -597,7 +597,8 @@ def _run_options(commands):
     add.add_argument("--batch", type=_count, default=0, help="pictures a step; 0: what the processor likes")
     add.add_argument("--loaders", type=_count, default=2, help="decoding threads of each worker")
     add.add_argument("--lease", type=_lease, default=LEASE,
-                     help="seconds after which a silent worker counts as dead")
+                     help="seconds after which a silent worker counts as dead: more than a picture, or a pass of its model, "
+                          "takes")
     add.add_argument("--max-seconds", type=_seconds, default=0,
                      help="stop in good order after so long; 0: never")
     add.add_argument("--done-root", action="append", default=[],

@@ -23,6 +23,7 @@ import math
 import pkgutil
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -122,6 +123,30 @@ class Check:
 
 
 # ---------------------------------------------------------------- what differs
+
+@dataclass(frozen=True)
+class FittingCheck(Check):
+    """A Check that also names mistakes whose shapes do not fit: they run only where all sizes are alike.
+
+    fitting: cases of such sizes; misfits: the mistakes, tried there when no usual one was recognised.
+    """
+    fitting: Callable = lambda g: []
+    misfits: Sequence[Wrong] = ()
+
+    def run(self, function):
+        result = super().run(function)
+        if result.status != "fail" or result.mistake:
+            return result
+        cases = self.fitting(torch.Generator().manual_seed(7))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                             # k.T of three axes warns
+            answers = [_attempt(function, case) for case in cases]
+            for wrong in self.misfits:
+                if all(_matches(answer, _attempt(wrong.answer, case), self.tolerance)
+                       for answer, case in zip(answers, cases)):
+                    return self._fail(wrong.message, wrong.name)
+        return result
+
 
 def _copy(thing):
     """The same inputs again: tensors, arrays, generators and containers are copied, models and the rest are shared."""

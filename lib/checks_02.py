@@ -1,37 +1,10 @@
 """Exercises of lesson 02: softmax, scaled attention, several heads, the bill, a masked blend of keys."""
 import math
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from lib.checks import Check, Wrong, _attempt, _matches, register
-
-
-@dataclass(frozen=True)
-class FittingCheck(Check):
-    """A Check that also names mistakes whose shapes do not fit: they run only where all sizes are alike.
-
-    fitting: cases of such sizes; misfits: the mistakes, tried there when no usual one was recognised.
-    """
-    fitting: Callable = lambda g: []
-    misfits: Sequence[Wrong] = ()
-
-    def run(self, function):
-        result = super().run(function)
-        if result.status != "fail" or result.mistake:
-            return result
-        cases = self.fitting(torch.Generator().manual_seed(7))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                             # k.T of three axes warns
-            answers = [_attempt(function, case) for case in cases]
-            for wrong in self.misfits:
-                if all(_matches(answer, _attempt(wrong.answer, case), self.tolerance)
-                       for answer, case in zip(answers, cases)):
-                    return self._fail(wrong.message, wrong.name)
-        return result
+from lib.checks import Check, FittingCheck, Wrong, register
 
 
 # ---------------------------------------------------------------- 1. softmax along an axis
@@ -389,7 +362,7 @@ def _with(weights, mix=lambda own, source, m: (1 - m) * own + m * source):
 _tokens = lambda m: m.flatten(2).transpose(1, 2)
 _share = lambda mask, size: _tokens(F.adaptive_avg_pool2d(mask, size))
 
-_NOT_A_COLUMN = ("the pooled mask has its tokens along the last axis, where own has its channels: it should be "
+NOT_A_COLUMN = ("the pooled mask has its tokens along the last axis, where own has its channels: it should be "
                  "(B, N, 1), one number for each token's row. flatten(2) gives (B, 1, N); then transpose(1, 2).")
 
 register(FittingCheck(
@@ -397,7 +370,7 @@ register(FittingCheck(
     fitting=lambda g: [(*torch.randn(2, 1, 4, 4, generator=g), torch.rand(1, 1, 8, 8, generator=g), (2, 2))],
     misfits=[
         Wrong("mask not transposed", _with(lambda mask, size: F.adaptive_avg_pool2d(mask, size).flatten(2)),
-              _NOT_A_COLUMN),
+              NOT_A_COLUMN),
     ],
     source="lib.checks_02:blend_tokens lib.attention:pool_mask",
     praise="Right: this line, for keys and for values at every layer and step, is what FeatGLaC does (lesson "

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lib.checks import Check, Wrong, register
-from lib.checks_02 import FittingCheck
+from lib.checks import Check, FittingCheck, Wrong, register
+from lib.checks_02 import NOT_A_COLUMN
 
 
 # ---------------------------------------------------------------- 1. which processors
@@ -227,8 +227,7 @@ register(FittingCheck(
     fitting=lambda g: [(*torch.randn(3, 1, 4, 4, generator=g), torch.rand(1, 1, 8, 8, generator=g), 0.6, (2, 2))],
     misfits=[
         Wrong("mask not transposed", _blend_with(lambda mask, size: F.adaptive_avg_pool2d(mask, size).flatten(2)),
-              "the pooled mask has its tokens along the last axis, where own has its channels: it should be (B, N, "
-              "1), one number for each token's row. flatten(2) gives (B, 1, N); then transpose(1, 2)."),
+              NOT_A_COLUMN),
     ],
     source="lib.checks_08:blend_two lib.attention:pool_mask lib.attention:_blend",
     praise="Right: each token draws on the layer that it should belong to, as strongly as you say. This line is FeatGLaC.",

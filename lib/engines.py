@@ -206,7 +206,7 @@ def _watch(job, worker, lease):
             mine = path.read_text().split()[1] == str(worker.process.pid)
             if mine and time.time() - path.stat().st_mtime > lease:
                 print(f"worker {worker.index} has given no sign of life for {lease:.0f} s and is started "
-                      f"again. Where one batch may take so long, say --lease.", file=sys.stderr)
+                      f"again. Where one picture, or one pass of its model, may take so long, say --lease.", file=sys.stderr)
                 worker.signal(signal.SIGKILL)
 
 

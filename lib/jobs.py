@@ -187,8 +187,11 @@ def list_inputs(source, depth="", limit=0) -> tuple[list[dict], int]:
         found = [root / line for line in _listed(source)]
     else:
         _refuse_no_source(source)
-    items = [_item(path, root, depth) for path in sorted(set(found), key=str)]
-    items = list({item["id"]: item for item in reversed(items)}.values())[::-1]   # a.png, ./a.png and /its/place/a.png
+    by_id = {}
+    for path in sorted(set(found), key=str):
+        item = _item(path, root, depth)
+        by_id.setdefault(item["id"], item)                        # a.png, ./a.png and /its/place/a.png are one
+    items = [by_id[name] for name in sorted(by_id)]
     if not items:
         raise Refused(f"No pictures in {source} (names ending in {', '.join(PICTURES)}).")
     return items[:limit] if limit else items, others

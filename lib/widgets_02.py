@@ -312,7 +312,7 @@ def colour_towards(x, a, b):
 
 
 def structure_distance(a, b):
-    """1 - correlation of the brightness steps between pixels: 0 = same outlines, about 1 = unrelated."""
+    """1 - cosine between the brightness steps from pixel to pixel: 0 = same outlines, about 1 = unrelated."""
     def steps(x):
         grey = x.float().mean(1, keepdim=True)
         return torch.cat([grey.diff(dim=-1).flatten(), grey.diff(dim=-2).flatten()])

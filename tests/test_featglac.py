@@ -182,11 +182,8 @@ def test_residual_decoding_changes_nothing_where_the_latent_did_not_change(tiny_
     same = featglac._decode(job, job.latent("composite"))
     assert torch.allclose(same, job.composite, atol=1e-5)
     job.set = featglac.Settings(decode="plain")
-    assert torch.allclose(
-        featglac._decode(job, job.latent("composite")),
-        latents.round_trip(tiny_pipe, job.composite),
-        atol=1e-4,  # encoded alone, and in a batch of two: the last bits differ, on some processors more
-    )
+    both = latents.encode(tiny_pipe, torch.cat([job.background, job.composite]))  # alone, its last bits differ
+    assert torch.equal(featglac._decode(job, job.latent("composite")), latents.decode(tiny_pipe, both[1:]))
 
 
 def test_only_the_occluder_over_the_object_is_restored(tiny_pipe, scene):

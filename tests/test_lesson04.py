@@ -174,6 +174,18 @@ def run_cells(*names, **space):
     return space
 
 
+def test_strokes_leave_known_pixels_nearer_than_boxes():
+    from types import SimpleNamespace
+
+    from lib import widgets_04
+    space = run_cells("mask-reach", torch=torch, widgets_04=widgets_04, run=SimpleNamespace(size=128),
+                      show=SimpleNamespace(table=lambda *_: None))
+    far = {kind: float(mean) for kind, _, mean in space["rows"]}
+    assert far["irregular"] < 0.8 * far["random box"] and far["free form"] < 0.5 * far["random box"]
+    assert all(0.15 < float(share[:-1]) / 100 < 0.25 for _, share, _ in space["rows"])
+
+
+
 def test_the_notebooks_patchmatch_is_the_librarys():
     """The cells hold the assertions themselves; here with another picture, seed and hole."""
     image = scenes.render(diffusion.teach_scene(20000123), size=64).rgb
